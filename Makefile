@@ -1,0 +1,44 @@
+# make demo: from nothing to a circuit in the browser.  make test: the whole suite.
+# Both make .venv first. Each target is redone only when something that it is made from is missing.
+PYTHON ?= python3
+PY := .venv/bin/python
+DATA := data/tinypython
+OUT := out/demo
+TASK := single_double_quote
+
+.PHONY: demo test clean
+
+demo: $(OUT)/$(TASK)/circuit.html
+	@$(PY) view.py --summary $(OUT)/$(TASK)/circuit.json
+	@echo "Open $(OUT)/$(TASK)/circuit.html in a browser."
+
+test: .venv/ready
+	$(PY) -m pytest -q tests
+
+.venv/ready: requirements.txt
+	@echo "== set-up: .venv and requirements.txt (a few minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; use make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(DATA)/meta.json: | .venv/ready
+	@echo "== 1/4 data: idioms and the standard library (under a minute)"
+	$(PY) $(DATA)/prepare.py
+
+# state.pt exists long before training is done: --resume goes on where it stopped, and `finished` marks the end
+$(OUT)/finished: $(DATA)/meta.json
+	@echo "== 2/4 train configs/demo.toml (about 10 minutes on 2 cores; Ctrl-C saves)"
+	$(PY) train.py --config=configs/demo.toml --resume=true
+	@touch $@
+
+$(OUT)/$(TASK)/circuit.json: $(OUT)/finished
+	@echo "== 3/4 prune to the circuit of $(TASK) (about 2 minutes)"
+	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
+
+$(OUT)/$(TASK)/circuit.html: $(OUT)/$(TASK)/circuit.json
+	@echo "== 4/4 draw it"
+	$(PY) view.py $<
+
+clean:
+	rm -rf out .venv $(DATA)/*.bin $(DATA)/meta.json

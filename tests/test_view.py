@@ -1,0 +1,248 @@
+"""view.py: the page holds the whole circuit, needs no network, survives hostile tokens, refuses bad input."""
+
+import html
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no chromium, chromium-browser or google-chrome on PATH")
+WIDTH = {"act_in": 256, "q": 256, "k": 256, "v": 256, "resid_delta": 256, "post_act": 1024}
+HOSTILE = ["</script><b>", "a & 'b' \"c\"", "<!--", "\t\u2028é", "@@DATA@@"]
+
+
+def make_circuit(per_site: int = 2, n_layer: int = 2, edge_share: float = 0.4, seed: int = 0) -> dict:
+    """A synthetic circuit of the shape that prune.py writes."""
+    rng = random.Random(seed)
+    stream = rng.sample(range(256), 4 + 2 * per_site)  # the residual channels that reads and writes share
+    nodes, edges, means = {}, [], {}
+    for layer in range(n_layer):
+        for name in "attn.act_in attn.q attn.k attn.v attn.resid_delta mlp.act_in mlp.post_act mlp.resid_delta".split():
+            site, width = f"{layer}.{name}", WIDTH[name.split(".")[1]]
+            pool = stream if "act_in" in name or "resid" in name else \
+                [h * 16 + i for h in (2, 9, 13) for i in range(16)] if "attn" in name else range(width)
+            nodes[site] = sorted(rng.sample(pool, rng.randint(max(1, per_site - 1), per_site)))
+            means[site] = [round(rng.gauss(0, 0.3), 5) for _ in range(width)]
+        for a, b in (("attn.act_in", "attn.q"), ("attn.act_in", "attn.k"), ("attn.act_in", "attn.v"),
+                     ("attn.v", "attn.resid_delta"), ("mlp.act_in", "mlp.post_act"), ("mlp.post_act", "mlp.resid_delta")):
+            ends = [(c, d) for c in nodes[f"{layer}.{a}"] for d in nodes[f"{layer}.{b}"]]
+            chosen = {e for e in ends if rng.random() < edge_share}
+            chosen |= {(c, rng.choice(nodes[f"{layer}.{b}"])) for c in nodes[f"{layer}.{a}"] if "v" in b or "mlp" in b}
+            chosen |= {(rng.choice(nodes[f"{layer}.{a}"]), d) for d in nodes[f"{layer}.{b}"]}
+            chosen = sorted(chosen)
+            edges += [[f"{layer}.{a}", c, f"{layer}.{b}", d, round(rng.gauss(0, 1), 4)] for c, d in chosen]
+    words = ["('", "(\"", "'", " name", "\n   ", "def", " =", " print", ")", *HOSTILE]
+    reads = sorted({c for site, cs in nodes.items() if "act_in" in site for c in cs})
+    writes = sorted({c for site, cs in nodes.items() if "resid" in site for c in cs})
+    examples = []
+    for i in range(6):
+        quote = "'\""[i % 2]
+        tokens = ["def", " greet", "(", "name", ",", " times", "):", "\n   ", " for", " i", " in", " range", "(", "times",
+                  "):", "\n       ", " print", f"({quote}", "hello", " <", "b", ">", " &", "amp", ";", HOSTILE[i % 5]]
+        examples.append({
+            "tokens": tokens, "answer": f"{quote})\n", "wrong": "\"'"[i % 2] + ")\n", "p_answer": 0.97 - 0.1 * i,
+            "p_answer_unpruned": 0.9992,
+            "activations": {site: [[round(rng.gauss(0, 1), 4) * (rng.random() < 0.3) for _ in tokens] for _ in cs]
+                            for site, cs in nodes.items()}})
+    return {
+        "format": "sparse-circuit-1",
+        "model": {"dir": "out/demo", "sha256": "ab" * 32, "n_layer": n_layer, "d_model": 256, "n_head": 16,
+                  "d_head": 16, "d_mlp": 1024},
+        "task": "single_double_quote", "task_description": "Close a string with the quote that opened it <&>.",
+        "answers": ["')\n", "\")\n"], "target_loss": 0.15, "loss": 0.1123, "loss_heldout": 0.1241,
+        "unpruned_loss": 0.0113, "ablation": "mean", "logit_scale": 1.7, "logit_shift": 0.02, "nodes": nodes,
+        "edges": edges,
+        "embedding": [[i, w, c, round(rng.gauss(0, 1), 4)] for c in reads for i, w in enumerate(rng.sample(words, 6))],
+        "unembedding": [[t, a, c, round(rng.gauss(0, 1), 4)] for c in writes[::2]
+                        for t, a in ((7, "')\n"), (8, "\")\n"))],
+        "means": means, "n_nodes": sum(map(len, nodes.values())), "n_edges": len(edges),
+        "validation": {"sufficiency": 0.1241, "necessity": 3.412, "controls": {"random_weights": 0.69, "ok": True}},
+        "examples": examples, "seed": 0, "settings": {"steps": 500, "k_coef": 1e-4, "adam": {"lr": 0.003}}}
+
+
+def save(circuit: object, folder: Path) -> Path:
+    path = folder / "circuit.json"
+    path.write_text(circuit if isinstance(circuit, str) else json.dumps(circuit))
+    return path
+
+
+def view(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "view.py", *map(str, args)], capture_output=True, text=True)
+
+
+def page_of(circuit: dict, folder: Path) -> str:
+    done = view(save(circuit, folder))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == str(folder / "circuit.html")
+    return (folder / "circuit.html").read_text("utf-8")
+
+
+def embedded(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="circuit">(.*?)</script>', page, re.S)[1])
+
+
+def test_page_holds_every_node_and_edge_and_needs_no_network(tmp_path):
+    circuit = make_circuit()
+    page = page_of(circuit, tmp_path)
+    assert embedded(page)["nodes"] == circuit["nodes"] and embedded(page)["edges"] == circuit["edges"]
+    for site, channels in circuit["nodes"].items():  # the means are cut down to the nodes
+        assert embedded(page)["means"][site] == [circuit["means"][site][c] for c in channels]
+    assert not re.search(r"https?://|@import|url\(|<link|<img|\bsrc=|fetch\(|import\(", page.replace("'", ""))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["circuit.html", "circuit.json"]
+
+
+def test_hostile_text_stays_text(tmp_path):
+    circuit = make_circuit()
+    circuit["task"] = "</title><script>alert(1)</script> @@DATA@@ \ud800"
+    page = page_of(circuit, tmp_path)
+    assert page.count("</script>") == 2 and page.count("</title>") == 1 and "<b>" not in page.split("<script>")[0]
+    assert "<" not in re.search(r'id="circuit">(.*?)</script>', page, re.S)[1]
+    assert embedded(page)["task"] == circuit["task"]
+    assert [ex["tokens"] for ex in embedded(page)["examples"]] == [ex["tokens"] for ex in circuit["examples"]]
+
+
+def test_values_that_json_lacks_become_null_and_out_names_the_file(tmp_path):
+    circuit = make_circuit()
+    circuit["loss_heldout"] = float("inf")
+    circuit["validation"]["necessity"] = float("nan")
+    text = json.dumps(circuit).replace("0.1123", "1e999")
+    assert view(save(text, tmp_path), f"--out={tmp_path / 'x.html'}").returncode == 0
+    data = embedded((tmp_path / "x.html").read_text("utf-8"))
+    assert data["loss"] is data["loss_heldout"] is data["validation"]["necessity"] is None
+    assert not (tmp_path / "circuit.html").exists()
+
+
+def without(key: str) -> dict:
+    return {k: v for k, v in make_circuit().items() if k != key}
+
+
+def changed(**values: object) -> dict:
+    return make_circuit() | values
+
+
+def with_edge(edge: list) -> dict:
+    circuit = make_circuit()
+    return changed(edges=circuit["edges"] + [edge], n_edges=circuit["n_edges"] + 1)
+
+
+BAD = {
+    "truncated": (json.dumps(make_circuit())[:-400], "not JSON"),
+    "empty": ("", "not JSON"),
+    "deep": ("[" * 100_000, "not JSON"),
+    "a list": ([1, 2], "not a circuit"),
+    "no edges": (without("edges"), "'edges'"),
+    "no nodes and no seed": ({k: v for k, v in without("nodes").items() if k != "seed"}, "'nodes'"),
+    "other format": (changed(format="sparse-circuit-9"), "sparse-circuit-9"),
+    "model without d_head": (changed(model={"dir": "x", "sha256": "y", "n_layer": 2, "d_model": 8, "n_head": 1}), "d_head"),
+    "unknown site": (changed(nodes={"0.attn.z": [1]}), "0.attn.z"),
+    "edge to nowhere": (with_edge(["0.attn.act_in", 999, "0.attn.v", 1, 0.5]), "0.attn.act_in.999"),
+    "edge of a list": (with_edge([["0.attn.act_in"], 1, "0.attn.v", 1, 0.5]), "unhashable"),
+    "edge without weight": (with_edge(["0.attn.act_in", 1, "0.attn.v", 1]), "weight"),
+    "count off": (changed(n_nodes=999), "n_nodes"),
+    "nodes a list": (changed(nodes=[3]), "wrong type"),
+    "example without tokens": (changed(examples=[{}]), "examples[0].tokens"),
+    "text for a loss": (changed(loss="<b>"), "'loss'"),
+    "one answer": (changed(answers=["x"]), "answers"),
+}
+
+
+def refused(done: subprocess.CompletedProcess, word: str) -> None:
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("view.py: ") and done.stderr.count("\n") == 1 and word in done.stderr
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_circuit_is_one_line_exit_2_and_no_file(name, tmp_path):
+    content, word = BAD[name]
+    refused(view(save(content, tmp_path)), word)
+    assert [p.name for p in tmp_path.iterdir()] == ["circuit.json"]
+
+
+def test_bad_paths_are_one_line_exit_2_and_no_file(tmp_path):
+    refused(view(tmp_path / "nothing.json"), "nothing.json")
+    refused(view(tmp_path), "cannot read")
+    refused(view(), "usage")
+    good = save(make_circuit(), tmp_path)
+    before = good.read_bytes()
+    refused(view(good, f"--out={tmp_path / 'no' / 'x.html'}"), "--out")
+    refused(view(good, f"--out={tmp_path}"), "--out")
+    refused(view(good, f"--out={good}"), "--out")
+    refused(view(good, "--colour=red"), "--colour")
+    assert [p.name for p in tmp_path.iterdir()] == ["circuit.json"] and good.read_bytes() == before
+
+
+def open_page(page: Path, folder: Path) -> tuple[str, list[str]]:
+    """The DOM after the scripts ran, and every line that the page wrote to the console (errors among them)."""
+    done = subprocess.run(
+        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={folder / 'profile'}",
+         "--enable-logging=stderr", "--window-size=1400,1000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=60)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_browser
+@pytest.mark.parametrize("size", [dict(), dict(per_site=12, n_layer=4, edge_share=0.5)], ids=["small", "large"])
+def test_browser_draws_one_mark_per_node_and_one_line_per_edge_without_error(size, tmp_path):
+    circuit = make_circuit(**size)
+    page_of(circuit, tmp_path)
+    dom, console = open_page(tmp_path / "circuit.html", tmp_path)
+    assert console == []
+    marks = re.findall(r'<g class="node[^"]*" data-id="([^"]+)"', dom)
+    assert sorted(marks) == sorted(f"{s}.{c}" for s, cs in circuit["nodes"].items() for c in cs)
+    assert len(re.findall(r'<path class="edge (?:pos|neg)" d=', dom)) == circuit["n_edges"]
+    assert dom.count("node picked") == 1 and 'aria-pressed="true"' in dom
+    assert "NaN" not in dom and "undefined" not in dom.split("<script")[0]
+    assert re.search(r'<span[^>]*style="background: color-mix[^>]*>', dom)
+    assert "controls.random_weights" in dom.split("<script")[0] and "3.412" in dom.split("<script")[0]
+    assert "<b>" + "hello" not in dom and "&lt;/script&gt;&lt;b&gt;" in dom.split("<script")[0]
+
+
+ACT = """<script>
+const point = (el, x) => el.dispatchEvent(new PointerEvent('pointermove', {bubbles: true, clientX: x, clientY: x}));
+const seen = {tips: 0, lit: 0, picked: 0, tokens: 0};
+for (const el of document.querySelectorAll('.node, .end, .hit')) {
+  point(el, 5); seen.tips += !document.getElementById('tip').hidden; seen.lit += document.querySelectorAll('.on').length > 1;
+}
+for (const el of document.querySelectorAll('.node')) {
+  el.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true})); seen.picked += el.matches('.picked');
+  const token = document.querySelector('pre span'); point(token, 9);
+  seen.tokens += document.getElementById('tip').textContent.startsWith(el.dataset.id + ' = ');
+}
+document.querySelector('[data-go]').click(); point(document.body, 1);
+document.body.dataset.seen = JSON.stringify({...seen, all: document.querySelectorAll('.node, .end, .hit').length,
+  hidden: document.getElementById('tip').hidden});
+</script></body>"""
+
+
+@needs_browser
+def test_hovering_and_selecting_work_for_every_node_and_link(tmp_path):
+    circuit = make_circuit()
+    page = page_of(circuit, tmp_path)
+    (tmp_path / "act.html").write_text(page.replace("</body>", ACT), "utf-8")
+    dom, console = open_page(tmp_path / "act.html", tmp_path)
+    assert console == []
+    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]+)"', dom)[1]))
+    assert seen["tips"] == seen["lit"] == seen["all"] > circuit["n_nodes"] + circuit["n_edges"] and seen["hidden"]
+    assert seen["picked"] == seen["tokens"] == circuit["n_nodes"]
+
+
+@needs_browser
+def test_browser_opens_a_circuit_without_nodes_or_examples(tmp_path):
+    page_of(changed(nodes={}, edges=[], examples=[], embedding=[], unembedding=[], n_nodes=0, n_edges=0), tmp_path)
+    assert open_page(tmp_path / "circuit.html", tmp_path)[1] == []
+
+
+@needs_browser
+def test_browser_check_notices_a_script_that_throws(tmp_path):
+    page = page_of(make_circuit(), tmp_path)
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.replace("'use strict';", "'use strict'; missing();", 1), "utf-8")
+    assert "missing is not defined" in "".join(open_page(broken, tmp_path)[1])
