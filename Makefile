@@ -8,9 +8,10 @@ TASK := single_double_quote
 
 .PHONY: demo test clean
 
-demo: $(OUT)/$(TASK)/circuit.html
-	@$(PY) view.py --summary $(OUT)/$(TASK)/circuit.json
-	@echo "Open $(OUT)/$(TASK)/circuit.html in a browser."
+demo: $(OUT)/$(TASK)/circuit.json
+	@echo "== 4/4 draw it"
+	@$(PY) view.py $<
+	@echo "Open the page above in a browser."
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
@@ -35,10 +36,6 @@ $(OUT)/finished: $(DATA)/meta.json
 $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
 	@echo "== 3/4 prune to the circuit of $(TASK) (about 2 minutes)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
-
-$(OUT)/$(TASK)/circuit.html: $(OUT)/$(TASK)/circuit.json
-	@echo "== 4/4 draw it"
-	$(PY) view.py $<
 
 clean:
 	rm -rf out .venv $(DATA)/*.bin $(DATA)/meta.json

@@ -28,16 +28,11 @@ def topk_mask(x: Tensor, k: int) -> Tensor:
         raise ValueError(f"k must lie in 1..{n}, not {k}")
     if k == n:
         return torch.ones_like(x, dtype=torch.bool)
-    mag = x.detach().abs()
     if x.device.type == "cpu":
-        kth, tied = _kth_magnitude_cpu(mag, k)
-        mask = mag >= kth
-        rows = tied.nonzero(as_tuple=True)  # only rows where the k-th and (k+1)-th are equal
-        if len(rows[0]):
-            mask[rows] = _break_ties(mag[rows], kth[rows], k)
-        return mask
-    kth = mag.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    return _break_ties(mag, kth, k)
+        return _topk_mask_cpu(x.detach(), k)
+    mag = x.detach().abs()
+    mag = mag.masked_fill(mag.isnan(), torch.inf)  # a NaN ranks first, so that it is not hidden
+    return _break_ties(mag, mag.topk(k, sorted=False).values.amin(-1, keepdim=True), k)
 
 
 def _break_ties(mag: Tensor, kth: Tensor, k: int) -> Tensor:
@@ -46,28 +41,30 @@ def _break_ties(mag: Tensor, kth: Tensor, k: int) -> Tensor:
     return above | (at & (at.cumsum(-1) <= room))
 
 
-@torch.library.custom_op("circuits::kth_magnitude_cpu", mutates_args=())
-def _kth_magnitude_cpu(mag: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest of each row (..., 1), and whether the (k+1)-th equals it (...)."""
-    n = mag.shape[-1]
+@torch.library.custom_op("circuits::topk_mask_cpu", mutates_args=())  # opaque to torch.compile: one graph
+def _topk_mask_cpu(x: Tensor, k: int) -> Tensor:
+    n = x.shape[-1]
+    mag = x.abs().reshape(-1, n)
     if mag.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16; the widening is exact
-        kth, tied = _kth_magnitude_cpu(mag.float(), k)
-        return kth.to(mag.dtype), tied
-    rows = mag.reshape(-1, n).numpy()
-    halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]] if len(rows) > 1 else [rows]
+        mag = mag.float()
     # one pivot only: numpy leaves its vectorised path for two. It releases the GIL, so halves run side by side
-    parts = _pool.map(lambda r: np.partition(r, n - k, axis=-1), halves)
-    part = torch.cat([torch.from_numpy(p) for p in parts]).view(*mag.shape[:-1], n)
-    kth = part[..., n - k].clone()
-    return kth.unsqueeze(-1), part[..., : n - k].amax(-1) == kth
+    halves = torch.tensor_split(mag, max(1, min(2, len(mag))))
+    parts = _pool.map(lambda rows: np.partition(rows.numpy(), n - k, axis=-1), halves)
+    part = torch.cat([torch.from_numpy(p) for p in parts])
+    kth = part[:, n - k : n - k + 1]
+    mask = (mag < kth).logical_not_()  # so that a NaN, which numpy ranks first, is kept and seen
+    tied = (part[:, : n - k].amax(-1) == kth[:, 0]).nonzero()[:, 0]  # rows where the next one is as large
+    if len(tied):
+        mask[tied] = _break_ties(mag[tied], kth[tied], k)
+    return mask.view(x.shape)
 
 
 _pool = ThreadPoolExecutor(2)
 
 
-@_kth_magnitude_cpu.register_fake
-def _(mag, k):
-    return mag.new_empty(*mag.shape[:-1], 1), mag.new_empty(mag.shape[:-1], dtype=torch.bool)
+@_topk_mask_cpu.register_fake
+def _(x, k):
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 
 class _AbsTopK(torch.autograd.Function):
@@ -122,11 +119,13 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, dropout_p: flo
     if q.device.type == "cpu" and dropout_p == 0:
         return _SinkAttentionCPU.apply(q, k, v, sink.to(q.dtype))
     # Elsewhere: a dummy position 0 whose key meets an extra query channel (constant 1) with the sink
-    # logit, and whose value is zero. Causal SDPA then needs no mask and takes its flash path.
+    # logit, and whose value is zero. Causal SDPA then needs no mask and takes its flash path, given
+    # equal widths that are a multiple of 8.
     B, H, T, D = q.shape
+    spare = 7 - D % 8  # channels of padding after the extra one
     slot = (sink.to(k.dtype) * D**0.5).view(1, H, 1, 1).expand(B, H, 1, 1)
-    q = F.pad(q, (0, 1, 1, 0), value=1.0)  # (B, H, T+1, D+1)
-    k = torch.cat([F.pad(slot, (D, 0)), F.pad(k, (0, 1))], dim=2)
-    v = F.pad(v, (0, 0, 1, 0))
+    q = F.pad(F.pad(q, (0, 1, 1, 0), value=1.0), (0, spare))  # (B, H, T+1, D+1+spare)
+    k = F.pad(torch.cat([F.pad(slot, (D, 0)), F.pad(k, (0, 1))], dim=2), (0, spare))
+    v = F.pad(v, (0, 1 + spare, 1, 0))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=D**-0.5)
-    return out[:, :, 1:]
+    return out[:, :, 1:, :D]

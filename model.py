@@ -325,7 +325,7 @@ class GPT(nn.Module):
             raise ValueError(f"{path} is not a model directory: {os.path.basename(e.filename)} is missing") from None
         except json.JSONDecodeError as e:
             raise ValueError(f"{config_path} is not JSON: {e}") from None
-        except ValueError as e:
+        except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"{config_path}: {e}") from None
         except Exception as e:  # torch.load raises many kinds on a truncated or foreign file
             raise ValueError(f"{weights_path} is truncated or not a weights file ({type(e).__name__})") from None

@@ -22,7 +22,9 @@ def density_at(step: int, max_steps: int, target: float, start: float = 0.0, end
     progress = (step + 1) / max_steps
     if progress >= end:
         return target
-    return 1.0 - (1.0 - target) * max(0.0, (progress - start) / (end - start))
+    if progress <= start:
+        return 1.0
+    return 1.0 - (1.0 - target) * (progress - start) / (end - start)
 
 
 def lr_factor_at(step: int, max_steps: int, density: float = 1.0, warmup: float = 0.01) -> float:
@@ -49,7 +51,7 @@ def clip_rms_(params: list[Tensor], mode: str = "clip", limit: float = 1.0) -> T
     scale = limit / rms.clamp_min(1e-12)
     if mode == "clip":
         scale = scale.clamp_max(1.0)
-    torch._foreach_mul_(grads, scale)
+    torch._foreach_mul_(grads, torch.where(rms.isfinite(), scale, 1.0))
     return rms
 
 

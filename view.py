@@ -128,6 +128,9 @@ def main(argv: list[str]) -> int:
     except BadInput as e:
         print("view.py:", str(e).replace("\n", " "), file=sys.stderr)
         return 2
+    print(f"{circuit['task']}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges; loss {circuit['loss_heldout']:.3f} nats held out "
+          f"(target {circuit['target_loss']}, unpruned model {circuit['unpruned_loss']:.3f}); "
+          f"necessity {circuit['validation'].get('necessity', math.nan):.2f} nats")
     print(out)
     return 0
 
