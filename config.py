@@ -5,6 +5,7 @@
 - `write_atomic`: a file is either the old one or the new one, never half of it.
 """
 import difflib
+import json
 import os
 import sys
 import tempfile
@@ -15,7 +16,8 @@ from typing import Callable, NoReturn
 
 def die(message: str) -> NoReturn:
     """Bad input: one line on stderr that says what is wrong and what to do, exit status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -40,6 +42,8 @@ def parse(cls, argv: list[str]):
         if key == "config":
             source = text
         else:
+            if not eq and types.get(key, bool) is not bool:
+                die(f"key '{key}' in the command line needs a value: --{key}=...")
             overrides.append((key, text if eq else "true"))
     if source is not None:
         try:
@@ -83,7 +87,7 @@ def to_toml(cfg) -> str:
         if isinstance(v, bool):
             return str(v).lower()
         if isinstance(v, str):
-            return '"' + v.replace("\\", "\\\\").replace('"', '\\"') + '"'
+            return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")  # else TOML's escapes are JSON's
         return repr(v)
     return "".join(f"{f.name} = {show(getattr(cfg, f.name))}\n" for f in fields(cfg))
 

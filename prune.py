@@ -3,11 +3,13 @@
 - Means of every node over pretraining data; nodes outside the circuit are held at their mean.
 - Learned node masks: a gate per node, Heaviside forward, sigmoid slope backward (paper A.5).
 - Discretise: rank the nodes, bisect for the fewest that meet the target loss, drop nodes without a
-  path from the tokens to the logits, fit a scale and a shift of the answer logits.
+  path from the tokens to the logits, fit a scale and a shift of the answer logits; then leave out
+  single nodes for as long as the target is met.
 - Validate on held-out pairs: sufficient (all else ablated) and necessary (only the circuit ablated).
 
     python prune.py --model=out/demo --task=single_double_quote
 """
+import difflib
 import hashlib
 import json
 import math
@@ -22,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from circuit import Nodes, ablate, count, drop_unconnected, edges_of, last_logits, margins
 from config import die, parse, write_atomic
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
 from tasks import TASKS, Pairs, Task, load_pairs, task_loss
 
-Nodes = dict[str, Tensor]  # site -> one value per channel: a bool mask, a gate or a mean
+SLACK = 0.9  # the search aims this far below the target on its own pairs, so that held-out pairs meet it too
 
 
 @dataclass
@@ -41,12 +44,13 @@ class PruneConfig:
     seed: int = 0
     target_loss: float = 0.15       # nats
     ablation: str = "mean"          # mean | zero: what a node outside the circuit is held at
+    trim: bool = True               # after the bisection, leave out single nodes while the target is met
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
     mean_tokens: int = 65536
     train_pairs: int = 2048         # mask learning draws from these
-    fit_pairs: int = 128            # of those, the pairs that discretising and calibrating look at
+    fit_pairs: int = 256            # of those, the pairs that discretising and calibrating look at
     heldout_pairs: int = 256
-    # mask learning (paper A.5: search centres; retune them per model)
+    # mask learning (the names are paper A.5's; k_coef, lr and steps are set for small models)
     steps: int = 300
     batch_pairs: int = 32
     lr: float = 0.01
@@ -60,36 +64,7 @@ class PruneConfig:
     grad_clip: float = 1.0
 
 
-# --- running a model with nodes replaced -----------------------------------------------------
-
-def ablate(gates: Nodes, constants: Nodes):
-    """A node function: gate * x + (1 - gate) * constant at every site that `gates` names (paper A.5)."""
-    def fn(site: str, x: Tensor) -> Tensor:
-        if site not in gates:
-            return x
-        c = constants[site]
-        return c + gates[site] * (x - c)
-    return fn
-
-
-def last_logits(model: GPT, pairs: Pairs, nodes=None) -> Tensor:
-    """Logits (2n, vocab) at each prompt's last token; nothing else is unembedded."""
-    h = model.run(model.embed(pairs.ids), nodes=nodes)
-    rows = torch.arange(len(h), device=h.device)
-    return model.unembed(h[rows, pairs.last].unsqueeze(1), pairs.ids[rows, pairs.last].unsqueeze(1)).squeeze(1)
-
-
-@torch.no_grad()
-def margins(model: GPT, pairs: Pairs, nodes=None, batch: int = 64) -> Tensor:
-    """Right minus wrong logit of each prompt (2n,)."""
-    out = []
-    for i in range(0, len(pairs), batch):
-        part = pairs.take(torch.arange(i, min(i + batch, len(pairs)), device=pairs.ids.device))
-        logits = last_logits(model, part, nodes)
-        rows = torch.arange(len(logits), device=logits.device)
-        out.append(logits[rows, part.answer] - logits[rows, part.wrong])
-    return torch.cat(out)
-
+# --- losses, calibration, means --------------------------------------------------------------
 
 def loss_of(margin: Tensor) -> float:
     """Task loss in nats from `margins`."""
@@ -142,79 +117,6 @@ def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
         rows = np.stack([data[s : s + T] for s in starts[i : i + 32]]).astype(np.int64)
         model.run(model.embed(torch.from_numpy(rows).to(device)), nodes=add)
     return {site: (sums[site] / (len(starts) * T)).float() for site in model.sites}
-
-
-# --- the circuit's graph ---------------------------------------------------------------------
-
-def weights_between(model: GPT) -> list[tuple[str, str, Tensor]]:
-    """(from site, to site, weight (to channels, from channels)) of every matrix between two nodes."""
-    out = []
-    for i, block in enumerate(model.transformer.h):
-        q, k, v = block.attn.c_attn.weight.detach().chunk(3)
-        out += [(f"{i}.attn.act_in", f"{i}.attn.{z}", w) for z, w in (("q", q), ("k", k), ("v", v))]
-        out += [(f"{i}.attn.v", f"{i}.attn.resid_delta", block.attn.c_proj.weight.detach()),
-                (f"{i}.mlp.act_in", f"{i}.mlp.post_act", block.mlp.c_fc.weight.detach()),
-                (f"{i}.mlp.post_act", f"{i}.mlp.resid_delta", block.mlp.c_proj.weight.detach())]
-    return out
-
-
-def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int]) -> Nodes:
-    """The nodes of `mask` that lie on a path from the tokens to the logits of the two answers.
-
-    Steps of a path: embedding -> read of a channel that it fills; the nonzero weights between
-    nodes; write -> any later read of the same channel; write -> an answer's unembedding entry;
-    and a query or key -> the values of its head.
-    """
-    c = model.config
-    into = {}
-    for a, b, w in weights_between(model):
-        into.setdefault(b, []).append((a, w != 0))
-
-    def reached(site, live):
-        return mask[site] & sum((m[:, live[a]].any(1) for a, m in into[site]), torch.zeros_like(mask[site]))
-
-    def needed(site, live):
-        users = [(b, m) for b, pairs in into.items() for a, m in pairs if a == site and b in live]
-        return sum((m[live[b]].any(0) for b, m in users), torch.zeros_like(mask[site]))
-
-    def heads(x):  # channels (H * d_head,) -> the same, true throughout a head that has any
-        return x.view(c.n_head, c.d_head).any(1).repeat_interleave(c.d_head)
-
-    wte, wpe, head = model.transformer.wte.weight, model.transformer.wpe.weight, model.lm_head.weight
-    live = {}
-    filled = (wte != 0).any(0) if c.d_pos_emb is not None else ((wte != 0).any(0) | (wpe != 0).any(0))
-    for site in model.sites:  # forward: what the tokens reach
-        if site.endswith("act_in"):
-            live[site] = mask[site] & F.pad(filled, (0, len(mask[site]) - len(filled)), value=True)
-        else:
-            live[site] = reached(site, live)
-        if site.endswith("resid_delta"):
-            filled = filled | live[site]
-    read, keep = (head[list(answers)] != 0).any(0), {}
-    for i in reversed(range(c.n_layer)):  # backward: what the answers need
-        for sub, inner in (("mlp", ("post_act",)), ("attn", ("v", "q", "k"))):
-            site = f"{i}.{sub}.resid_delta"
-            keep[site] = live[site] & read
-            for z in inner:
-                site = f"{i}.{sub}.{z}"
-                keep[site] = live[site] & (heads(keep[f"{i}.attn.v"]) if z in ("q", "k") else needed(site, keep))
-            site = f"{i}.{sub}.act_in"
-            keep[site] = live[site] & needed(site, keep)
-            read = read | keep[site][: c.d_model]
-    return {site: keep[site] for site in model.sites}
-
-
-def count(mask: Nodes) -> int:
-    return sum(int(m.sum()) for m in mask.values())
-
-
-def edges_of(model: GPT, mask: Nodes) -> list[list]:
-    """[site, channel, site, channel, weight] of every nonzero weight between two nodes of the circuit."""
-    out = []
-    for a, b, w in weights_between(model):
-        inner = w * mask[b][:, None] * mask[a][None, :]
-        out += [[a, j, b, i, round(w[i, j].item(), 6)] for i, j in inner.nonzero().tolist()]
-    return out
 
 
 # --- mask learning ---------------------------------------------------------------------------
@@ -285,34 +187,64 @@ def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Ten
     return torch.autograd.grad(loss, gate)[0].abs()
 
 
-def discretise(model: GPT, order: Tensor, gates: Gates, constants: Nodes, pairs: Pairs, target: float,
-               answers: tuple[int, int]) -> tuple[Nodes, tuple[float, float], float]:
+@dataclass
+class Circuit:
+    """A set of nodes, the calibration of its answer logits, and its loss (nats) on the pairs it was fitted to."""
+    mask: Nodes
+    scale: float
+    shift: float
+    loss: float
+
+
+def fit(model: GPT, mask: Nodes, constants: Nodes, pairs: Pairs) -> Circuit:
+    """Drop the nodes without a path, then calibrate on `pairs`."""
+    mask = drop_unconnected(model, mask, (int(pairs.answer[0]), int(pairs.wrong[0])))
+    margin = margins(model, pairs, ablate(mask, constants))
+    scale, shift = calibrate(margin)
+    return Circuit(mask, scale, shift, loss_of(calibrated(margin, scale, shift)))
+
+
+def discretise(model: GPT, order: Tensor, gates: Gates, constants: Nodes, pairs: Pairs, target: float) -> Circuit:
     """The fewest leading nodes of `order` that meet `target` once calibrated, by bisection from above.
 
     Calibration is part of the test (the paper fits it afterwards), because the calibrated loss is
-    the one that is reported. Returns the circuit, its (scale, shift) and its loss on `pairs`.
-    ValueError if not even all nodes meet the target.
+    the one that is reported. ValueError if not even all nodes meet the target.
     """
     def leading(k):
         flat = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         flat[order[:k]] = True
-        mask = drop_unconnected(model, gates.split(flat), answers)
-        margin = margins(model, pairs, ablate(mask, constants))
-        fit = calibrate(margin)
-        return mask, fit, loss_of(calibrated(margin, *fit))
+        return fit(model, gates.split(flat), constants, pairs)
 
     low, high = 0, len(order)
     best = leading(high)
-    if best[2] > target:
-        raise ValueError(f"even all nodes reach only {best[2]:.3f} nats, above the target {target}")
+    if best.loss > target:
+        raise ValueError(f"even all nodes reach only {best.loss:.3f} nats, above the target {target:.3f}")
     while high - low > 1:  # `high` meets the target, always
         middle = (low + high) // 2
         trial = leading(middle)
-        if trial[2] <= target:
+        if trial.loss <= target:
             high, best = middle, trial
         else:
             low = middle
     return best
+
+
+def trim(model: GPT, circuit: Circuit, order: Tensor, gates: Gates, constants: Nodes, pairs: Pairs, target: float) -> Circuit:
+    """Leave out one node after the other, the last of `order` first, where the target is still met.
+
+    Passes repeat until one removes nothing. The authors removed such leftovers by hand (paper A.5).
+    """
+    before = math.inf
+    while count(circuit.mask) < before:
+        before = count(circuit.mask)
+        for i in order.flip(0).tolist():
+            flat = torch.cat(list(circuit.mask.values()))
+            if flat[i]:
+                flat[i] = False
+                trial = fit(model, gates.split(flat), constants, pairs)
+                if trial.loss <= target:
+                    circuit = trial
+    return circuit
 
 
 # --- the circuit file ------------------------------------------------------------------------
@@ -322,7 +254,6 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     T, device = model.config.block_size, model.lm_head.weight.device
     train = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed).to(device)
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
-    answers = (int(heldout.answer[0]), int(heldout.wrong[0]))
     unpruned = margins(model, heldout)
     if loss_of(unpruned) > cfg.target_loss:
         raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats held out, "
@@ -332,22 +263,27 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     tau = learn_masks(model, train, constants, gates, cfg, say)
     ties = attribution(model, fit_pairs, constants, gates)
     order = torch.from_numpy(np.lexsort((-ties.cpu().numpy(), -tau.cpu().numpy()))).to(device)
-    mask, (scale, shift), loss = discretise(model, order, gates, constants, fit_pairs, cfg.target_loss, answers)
-    circuit_only = ablate(mask, constants)
-    kept = calibrated(margins(model, heldout, circuit_only), scale, shift)
+    target = SLACK * cfg.target_loss
+    circuit = discretise(model, order, gates, constants, fit_pairs, target)
+    say(f"  {count(circuit.mask)} nodes meet the target" + ("; leaving out one after the other" if cfg.trim else ""))
+    if cfg.trim:
+        circuit = trim(model, circuit, order, gates, constants, fit_pairs, target)
+    mask = circuit.mask
+    kept = calibrated(margins(model, heldout, ablate(mask, constants)), circuit.scale, circuit.shift)
     inverse = margins(model, heldout, ablate({s: ~m for s, m in mask.items()}, constants))
+    edges = edges_of(model, mask)
     return {
         "format": "sparse-circuit-1",
         "model": {"dir": cfg.model, "sha256": hash_of(cfg.model), **{k: getattr(model.config, k) for k in
                   ("n_layer", "d_model", "n_head", "d_head", "d_mlp")}},
         "task": task.name, "task_description": task.description, "answers": list(task.answers),
-        "target_loss": cfg.target_loss, "loss": loss, "loss_heldout": loss_of(kept),
+        "target_loss": cfg.target_loss, "loss": circuit.loss, "loss_heldout": loss_of(kept),
         "unpruned_loss": loss_of(unpruned), "ablation": cfg.ablation,
-        "logit_scale": scale, "logit_shift": shift,
+        "logit_scale": circuit.scale, "logit_shift": circuit.shift,
         "nodes": {s: m.nonzero().flatten().tolist() for s, m in mask.items() if m.any()},
-        "edges": edges_of(model, mask), **stream_ends(model, mask, heldout, tokenizer),
+        "edges": edges, **stream_ends(model, mask, heldout, tokenizer),
         "means": {s: [round(x, 6) for x in c.tolist()] for s, c in constants.items()},
-        "n_nodes": count(mask), "n_edges": len(edges_of(model, mask)),
+        "n_nodes": count(mask), "n_edges": len(edges),
         "validation": {
             "sufficiency": loss_of(kept), "sufficiency_accuracy": (kept > 0).float().mean().item(),
             "necessity": loss_of(inverse), "necessity_accuracy": (inverse > 0).float().mean().item(),
@@ -411,7 +347,6 @@ def hash_of(directory: str) -> str:
 
 def check(cfg: PruneConfig) -> None:
     if cfg.task != "all" and cfg.task not in TASKS:
-        import difflib
         near = difflib.get_close_matches(cfg.task, TASKS, n=1, cutoff=0)[0]
         die(f"unknown task '{cfg.task}'; the nearest is '{near}', and --task=all runs all of: {', '.join(TASKS)}")
     if cfg.ablation not in ("mean", "zero"):

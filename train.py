@@ -11,6 +11,7 @@ Paper sections 2.1 and A.2.
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -92,6 +93,11 @@ def check(cfg: TrainConfig, world: int) -> None:
         die(f"d_model {cfg.d_model} is not a multiple of d_head {cfg.d_head}; change one, or give n_head")
     if cfg.batch_size % (world * cfg.grad_accum):
         die(f"batch_size {cfg.batch_size} is not a multiple of {world} processes x {cfg.grad_accum} micro-steps")
+    if cfg.positions == "concat" and cfg.d_pos_emb < 1:
+        die(f"d_pos_emb must be at least 1 where positions are concatenated, not {cfg.d_pos_emb}")
+    for name in ("seed", "min_per_neuron"):
+        if getattr(cfg, name) < 0:
+            die(f"{name} must not be negative, but is {getattr(cfg, name)}")
     for name in ("lr", "eps"):
         if not 0 < getattr(cfg, name) < math.inf:
             die(f"{name} must be a positive number, not {getattr(cfg, name)}")
@@ -122,13 +128,13 @@ def load_data(folder: str, block_size: int) -> tuple[np.ndarray, np.ndarray, dic
     try:
         with open(os.path.join(folder, "meta.json")) as f:
             meta = json.load(f)
-        vocab, parts = meta["vocab_size"], meta["val_parts"]
-    except (OSError, ValueError, KeyError) as e:
+        vocab, parts = int(meta["vocab_size"]), {str(p): (int(a), int(b)) for p, (a, b) in meta["val_parts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         die(f"{folder}/meta.json is missing or unusable ({type(e).__name__}); run python data/tinypython/prepare.py")
     arrays = []
     for name in ("train.bin", "val.bin"):
         path = os.path.join(folder, name)
-        size = os.path.getsize(path) if os.path.exists(path) else -1
+        size = os.path.getsize(path) if os.path.isfile(path) else -1
         if size <= 0 or size % 2:
             what = {-1: "is missing", 0: "is empty"}.get(size, f"has an odd size ({size} bytes), so it is cut off")
             die(f"{path} {what}; run python data/tinypython/prepare.py")
@@ -136,10 +142,12 @@ def load_data(folder: str, block_size: int) -> tuple[np.ndarray, np.ndarray, dic
         if array.max() >= vocab:
             die(f"{path} holds token id {array.max()}, past the vocabulary of {vocab}; prepare the data again")
         arrays.append(array)
-    for name, length in [("train.bin", len(arrays[0]))] + [(f"val.bin part '{p}'", b - a) for p, (a, b) in parts.items()]:
-        if length <= block_size:
-            die(f"block_size {block_size} needs more than the {length} tokens of {name}; lower it or prepare more data")
-    return *arrays, meta
+    for name, a, b in [("train.bin", 0, len(arrays[0]))] + [(f"val.bin part '{p}'", *ab) for p, ab in parts.items()]:
+        if name != "train.bin" and not 0 <= a <= b <= len(arrays[1]):
+            die(f"{name} should be tokens {a} to {b}, but the file holds {len(arrays[1])}; prepare the data again")
+        if b - a <= block_size:
+            die(f"block_size {block_size} needs more than the {b - a} tokens of {name}; lower it or prepare more data")
+    return *arrays, meta | {"val_parts": parts}
 
 
 def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,10 +229,13 @@ def load_state(cfg: TrainConfig, device: str) -> dict | None:
         die(f"{cfg.out_dir} already holds a run; go on with --resume=true, or choose another --out_dir")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        old = state["config"]
-        state["model"], state["optimizer"], state["step"]
-    except Exception as e:  # torch.load raises many kinds on a truncated or foreign file
-        die(f"{path} is truncated or not a checkpoint of train.py ({type(e).__name__}); remove it to start anew")
+        kinds = {"step": int, "config": dict, "model": dict, "optimizer": dict}
+        good = isinstance(state, dict) and all(isinstance(state.get(k), t) for k, t in kinds.items())
+    except Exception:  # torch.load raises many kinds on a truncated or foreign file
+        good = False
+    if not good:
+        die(f"{path} is truncated or not a checkpoint of train.py; remove it to start anew")
+    old = state["config"]
     new = asdict(cfg)
     for key in ("n_layer", "d_model", "n_head", "d_head", "d_mlp", "block_size", "sink", "positions", "d_pos_emb", "bigram"):
         if old.get(key) != new[key]:
@@ -276,8 +287,11 @@ def main(argv: list[str]) -> int:
         start = state["step"]
         try:
             model.load_weights(state["model"])
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError, TypeError) as e:
+            for group, fresh in zip(optimizer.param_groups, settings):
+                group.update(fresh)  # moments from the checkpoint, settings from this run's config
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             die(f"{cfg.out_dir}/state.pt does not fit this model: {e}")
         say(f"resuming {cfg.out_dir} at step {start}")
     log_path = os.path.join(cfg.out_dir, "log.jsonl")
@@ -294,6 +308,8 @@ def main(argv: list[str]) -> int:
     net = torch.compile(model) if cfg.compile else model
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
+    if start >= cfg.max_steps and rank == 0:
+        model.save(cfg.out_dir)  # a kill between the last two files may have left the older model
     caught = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, frame: caught.append(number))
@@ -349,14 +365,23 @@ def main(argv: list[str]) -> int:
                     f"{p} {entry['val_loss'][p]:.3f} (bigram table alone {entry['bigram_loss'][p]:.3f})" for p in meta["val_parts"])
                     + f"; dead neurons {entry['dead_neurons']:.1%}")
             if rank == 0:
-                with open(log_path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(entry) + "\n")
+                try:
+                    with open(log_path, "a", encoding="utf-8") as f:
+                        f.write(json.dumps(entry) + "\n")
+                except OSError as e:
+                    die(f"cannot write {log_path} at step {done}: {e.strerror}; the last checkpoint in {cfg.out_dir} is kept")
             clock, clock_step = time.time(), done
-        if rank == 0 and (done % cfg.save_interval == 0 or final or stop):
+        saving = done % cfg.save_interval == 0 or final or stop
+        if saving and not all(bool(p.isfinite().all()) for p in params):
+            say(f"step {done}: weights that are not finite, so the run stops here. "
+                f"The last good checkpoint is kept; try a lower lr than {cfg.lr}")
+            return 1
+        if rank == 0 and saving:
             save(cfg, model, optimizer, done)
         if stop and not final:
-            say(f"stopped after step {done}, all saved; go on with: "
-                f"python train.py --config={cfg.out_dir}/train.toml --resume=true")
+            command = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+            say(f"stopped after step {done}, all saved; go on with: {command} train.py "
+                f"{shlex.quote(f'--config={cfg.out_dir}/train.toml')} --resume=true")
             return 128 + stop
     say(f"done: {cfg.out_dir}")
     return 0

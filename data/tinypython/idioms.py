@@ -70,8 +70,8 @@ EXTENSIONS = "txt csv json log md py xml html dat ini".split()
 ERRORS = ["ValueError"] * 3 + "KeyError TypeError RuntimeError IndexError OSError NotImplementedError".split()
 
 WORDS = {
-    "anynoun": NOUNS, "verb": VERBS, "adjective": ADJECTIVES, "person": PEOPLE, "small": SMALL,
-    "letter": LETTERS, "item": SINGULAR, "index": list("iiiijkn"), "extension": EXTENSIONS, "error": ERRORS,
+    "anynoun": NOUNS, "small": SMALL,
+    "index": list("iiiijkn"), "extension": EXTENSIONS, "error": ERRORS,
     "module": "os sys re json math time random csv string logging datetime itertools collections functools".split(),
     "op": "+ + - *".split(), "compare": "== == == != < > >= <=".split(), "bool": ["True", "True", "False"],
     "file": ["f", "f", "f", "file", "fh", "handle", "fp"]}
@@ -225,6 +225,9 @@ GRAMMAR = {
 }
 RULES = {rule: [t for t, weight in options.items() for _ in range(weight)] for rule, options in GRAMMAR.items()} | WORDS
 SLOT = re.compile(r"\$([a-z]+)(\d?)")
+OWN = {  # the words of which each program has a few of its own: {kind: (all, how many)}
+    "variable": (VARIABLES, 3), "letter": (LETTERS, 2), "collection": (COLLECTIONS, 2), "noun": (NOUNS, 3),
+    "verb": (VERBS, 3), "adjective": (ADJECTIVES, 2), "item": (SINGULAR, 2), "person": (PEOPLE, 1)}
 QUOTED = {"'": ['said "yes"', 'the "big" one', 'not "ok"', 'a "test" case', 'call it "done"'],
           '"': ["it's here", "don't stop", "can't open", "that's all", "isn't valid", "user's choice", "let's go"]}
 GROWN = {  # how a variable that a loop builds up starts, and how it grows
@@ -241,10 +244,7 @@ class Pen:
     def __init__(self, rng: random.Random):
         self.random = rng.random
         self.quote = self.pick(("'", '"', None, None))  # None: chosen anew for every string
-        self.letters = [self.pick(LETTERS) for _ in range(2)]
-        self.variables = [self.pick(VARIABLES) for _ in range(4)]
-        self.lists = [self.pick(COLLECTIONS) for _ in range(2)]
-        self.nouns = [self.pick(NOUNS) for _ in range(3)]
+        self.own = {kind: [self.pick(words) for _ in range(n)] for kind, (words, n) in OWN.items()}
         self.depth = 0  # of bodies
         self.returns = False  # inside a function
 
@@ -255,6 +255,8 @@ class Pen:
         return self.random() < share
 
     def slot(self, kind: str) -> str:
+        if kind in OWN:  # a program is about few things
+            return self.pick(self.own[kind] if self.chance(0.8) else OWN[kind][0])
         rule = RULES.get(kind)
         return self.fill(self.pick(rule)) if rule else getattr(self, kind)()
 
@@ -277,33 +279,21 @@ class Pen:
 
     # names and words
     def name(self) -> str:
-        u = self.random()
-        group = self.variables if u < 0.5 else self.letters if u < 0.75 else VARIABLES if u < 0.9 else LETTERS
-        return self.pick(group)
-
-    def variable(self) -> str:
-        return self.pick(self.variables if self.chance(0.4) else VARIABLES)
-
-    def collection(self) -> str:
-        return self.pick(self.lists if self.chance(0.7) else COLLECTIONS)
-
-    def noun(self) -> str:
-        return self.pick(self.nouns if self.chance(0.5) else NOUNS)
+        return self.slot("variable" if self.chance(0.7) else "letter")
 
     def action(self) -> str:
-        return self.pick(VERBS).capitalize()
+        return self.slot("verb").capitalize()
 
     def number(self) -> str:
         u = self.random()
-        return str(int(self.random() * (10 if u < 0.7 else 100 if u < 0.93 else 1000)))
+        return str(int(self.random() * (10 if u < 0.8 else 100 if u < 0.96 else 1000)))
 
     # strings
     def q(self) -> str:
         return self.quote or self.pick("'\"")
 
     def words(self) -> str:
-        n = self.pick((2, 3, 4, 5, 6, 7))
-        words = [self.pick(self.pick((NOUNS, NOUNS, VERBS, ADJECTIVES, SMALL))) for _ in range(n)]
+        words = [self.slot(self.pick(("noun", "noun", "verb", "adjective", "small"))) for _ in range(self.pick((2, 3, 3, 4, 5, 6)))]
         return ", ".join((words[0], " ".join(words[1:]))) if self.chance(0.1) else " ".join(words)
 
     def sentence(self) -> str:
@@ -315,7 +305,7 @@ class Pen:
 
     def word(self) -> str:
         quote = self.q()
-        return quote + (self.noun() if self.chance(0.7) else self.pick(ADJECTIVES)) + quote
+        return quote + (self.slot("noun") if self.chance(0.7) else self.slot("adjective")) + quote
 
     # lists: elements of one kind throughout, so that only the brackets tell the depth
     def flat(self, kind: str | None = None) -> str:
@@ -448,7 +438,7 @@ class Pen:
         names = self.names("attribute", self.pick((1, 2, 3, 4, 5)))
         copies = [f"self.{x} = {x}" for x in names]
         if self.chance(0.3):
-            other = f"self.{self.collection()} = {self.pick(('[]', 'set()', '{}', '0'))}"
+            other = f"self.{self.slot('collection')} = {self.pick(('[]', 'set()', '{}', '0'))}"
             copies.insert(self.pick((0, len(copies), len(copies))), other)
         lines = ["    $docstring"] * self.chance(0.15)
         lines += [f"    def __init__(self, {self.signature(names)}):", *(f"        {line}" for line in copies)]
@@ -461,10 +451,10 @@ class Pen:
                 lines.append("        " + self.code("$idiom").replace("\n", "\n        "))
             lines.append("        " + self.pick(ends).format(x=self.pick(names)))
         base = self.pick(("", "", "($base)"))
-        return self.fill("\n".join([f"class {self.noun().capitalize()}{base}:", *lines]))
+        return self.fill("\n".join([f"class {self.slot('noun').capitalize()}{base}:", *lines]))
 
     def base(self) -> str:
-        return self.noun().capitalize()
+        return self.slot("noun").capitalize()
 
 
 def program(rng: random.Random) -> str:
