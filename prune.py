@@ -296,15 +296,16 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
 def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, tokenizer) -> dict:
     """Where the circuit's channels start and end: [token id, text, channel, weight] of the embedding
     (channels that the circuit reads, tokens of the task, largest first) and of both answers' unembedding."""
-    d = model.config.d_model
-    read = sum((m[:d] for s, m in mask.items() if s.endswith("act_in")), torch.zeros(d, dtype=torch.bool)).nonzero().flatten()
-    written = sum((m for s, m in mask.items() if s.endswith("resid_delta")), torch.zeros(d, dtype=torch.bool)).nonzero().flatten()
+    def channels_of(kind):
+        masks = [m[: model.config.d_model] for s, m in mask.items() if s.endswith(kind)]
+        return torch.stack(masks).any(0).nonzero().flatten().tolist()
+
     seen = pairs.ids.unique()
     wte, head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
 
     def entries(matrix, ids, channels, most):
         found = []
-        for c in channels.tolist():
+        for c in channels:
             column = matrix[ids, c]
             for i in column.abs().argsort(descending=True)[:most].tolist():
                 if column[i] != 0:
@@ -312,16 +313,17 @@ def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, tokenizer) -> dict:
                     found.append([token, tokenizer.decode([token]), c, round(column[i].item(), 6)])
         return found
 
-    return {"embedding": entries(wte, seen, read, 12), "unembedding": entries(head, pairs.answer[:2], written, 2)}
+    return {"embedding": entries(wte, seen, channels_of("act_in"), 12),
+            "unembedding": entries(head, pairs.answer[:2], channels_of("resid_delta"), 2)}
 
 
 @torch.no_grad()
 def examples(model: GPT, mask: Nodes, constants: Nodes, pairs: Pairs, kept: Tensor, unpruned: Tensor, tokenizer, n: int = 6) -> list[dict]:
     """The first n held-out pairs, with every circuit node's activation at every token of the pruned model."""
-    shown, out = pairs.take(torch.arange(n, device=pairs.ids.device)), []
-    for i in range(2 * n):
+    shown, out = pairs.take(torch.arange(min(n, len(pairs)), device=pairs.ids.device)), []
+    replace = ablate(mask, constants)
+    for i in range(2 * len(shown)):
         record = {}
-        replace = ablate(mask, constants)
 
         def watch(site, x):
             x = replace(site, x)

@@ -350,6 +350,11 @@ def main(argv: list[str]) -> int:
             stop = stop.to(device)
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         stop, final = int(stop), done == cfg.max_steps
+        saving = done % cfg.save_interval == 0 or final or stop
+        if saving and not all(bool(p.isfinite().all()) for p in params):
+            say(f"step {done}: weights that are not finite, so the run stops here. "
+                f"The last good checkpoint is kept; try a lower lr than {cfg.lr}")
+            return 1
         evaluating = done % cfg.eval_interval == 0 or final
         if done % cfg.log_interval == 0 or evaluating or done == 1:
             speed = (done - clock_step) * cfg.batch_size * cfg.block_size / (time.time() - clock)
@@ -371,11 +376,6 @@ def main(argv: list[str]) -> int:
                 except OSError as e:
                     die(f"cannot write {log_path} at step {done}: {e.strerror}; the last checkpoint in {cfg.out_dir} is kept")
             clock, clock_step = time.time(), done
-        saving = done % cfg.save_interval == 0 or final or stop
-        if saving and not all(bool(p.isfinite().all()) for p in params):
-            say(f"step {done}: weights that are not finite, so the run stops here. "
-                f"The last good checkpoint is kept; try a lower lr than {cfg.lr}")
-            return 1
         if rank == 0 and saving:
             save(cfg, model, optimizer, done)
         if stop and not final:

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 import prune
+from circuit import ablate, count, drop_unconnected, edges_of, last_logits, margins
 from data.tinypython.tokenizer import DEFAULT
 from model import GPT, GPTConfig
-from prune import (Gates, PruneConfig, ablate, attribution, calibrate, calibrated, count, discretise, drop_unconnected,
-                   edges_of, fit, last_logits, learn_masks, loss_of, margins, node_means, trim)
+from prune import (Gates, PruneConfig, attribution, calibrate, calibrated, discretise, fit, learn_masks, loss_of, node_means,
+                   trim)
 from tasks import Task, load_pairs, task_loss
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
-INNER = ("attn.act_in", "attn.q", "attn.k", "attn.v", "attn.resid_delta", "mlp.act_in", "mlp.post_act", "mlp.resid_delta")
 SHAPE = dict(block_size=8, vocab_size=10, n_layer=1, n_head=2, d_head=3, d_model=6, d_mlp=7, rms_norm=True, bias=False,
              tied_unembed=False, grad_checkpointing=False)
 
@@ -63,7 +63,7 @@ TOY_EDGES = [["0.attn.act_in", 0, "0.attn.v", 1, 2.0], ["0.attn.v", 1, "0.attn.r
 def hand_made() -> GPT:
     """Uniform attention copies channel 0 (+: token 0, -: token 1) to channel 3 (+: answer 2, -: answer 3).
 
-    Tokens 4 and 5 disturb channel 0. Beside it: a live path that means nothing for the task (channel 1 to 4, with
+    Tokens 4 and 5 disturb channel 0. Beside it: a live path that means nothing for the task (channel 1 to 1, with
     a bias toward one answer), an MLP that nothing reads, and a lit channel 2 that keeps the norm from dividing by 0.
     """
     model = random_model(std=0.0, sink=False)
@@ -75,9 +75,9 @@ def hand_made() -> GPT:
     wte[4:9, 1] = torch.tensor([0.5, 0.5, 1.0, 1.5, 0.2])
     attn_in, attn_out = block.attn.c_attn.weight, block.attn.c_proj.weight
     attn_in[12 + 1, 0], attn_out[3, 1] = 2.0, 2.0
-    attn_in[12 + 2, 1], attn_out[4, 2] = 0.5, 0.5
+    attn_in[12 + 0, 1], attn_out[1, 0] = 0.5, 0.5
     block.mlp.c_fc.weight[0, 0], block.mlp.c_proj.weight[5, 0] = 1.0, 1.0
-    head[2, 3], head[3, 3], head[2, 4], head[2, 2] = 0.8, -0.8, 0.5, 0.4
+    head[2, 3], head[3, 3], head[2, 1], head[2, 2] = 0.8, -0.8, 0.5, 0.4
     return model
 
 
@@ -154,7 +154,7 @@ def test_node_means_are_the_means_over_all_windows_of_the_file(tmp_path):
         torch.testing.assert_close(got[site], record[site][0].mean(0), rtol=1e-4, atol=1e-6)
     rows = np.random.default_rng(3).integers(0, 10, 10)  # three windows, each about a third of the draws
     rows.astype("<u2").tofile(tmp_path / "three.bin")
-    got, sums = node_means(model, str(tmp_path / "three.bin"), 80_000, 1), defaultdict(float)
+    got, sums = node_means(model, str(tmp_path / "three.bin"), 24_000, 1), defaultdict(float)
     for i in range(3):
         model(torch.from_numpy(rows[i : i + 8])[None], nodes=lambda s, x: sums.update({s: sums[s] + x[0].mean(0) / 3}) or x)
     for site in model.sites:
@@ -252,20 +252,32 @@ def search(model, mask, answers):
 
 @pytest.mark.parametrize("case", range(25))
 def test_kept_nodes_are_those_on_a_path_from_tokens_to_answers(case):
-    """Also where only the attention moves: a query or key that steers values of its head that read no kept channel."""
     model = random_model(keep=random.Random(case).choice([0.05, 0.1, 0.2, 0.4]), n_layer=2)
     model.transformer.wpe.weight.zero_()
     mask = {s: torch.rand(len(m)) < 0.7 for s, m in all_nodes(model).items()}
+    model.transformer.wte.weight[:, 0] = 1.0
+    for l, block in enumerate(model.transformer.h):  # every value has a way in of its own; the next test is about the others
+        block.attn.c_attn.weight[12:, 0], mask[f"{l}.attn.act_in"][0] = 1.0, True
     got = drop_unconnected(model, mask, (2, 3))
     assert {(s, i) for s, channels in kept_of(got).items() for i in channels} == search(model, mask, (2, 3))
     assert list(got) == model.sites and all(m.dtype == torch.bool for m in got.values())
 
 
+def test_a_constant_value_that_a_key_steers_is_on_a_path():
+    """With a sink, the attention alone can carry what the tokens say (bracket counting ends in such a head)."""
+    model = hand_made()
+    model.transformer.h[0].attn.c_attn.weight.zero_()[6 + 1, 0] = 1.0  # key 1 is all that reads the stream
+    nodes = {"0.attn.act_in": [0], "0.attn.k": [1], "0.attn.v": [1], "0.attn.resid_delta": [3]}
+    mask = as_mask(model, nodes)
+    assert {(s, i) for s, channels in nodes.items() for i in channels} == search(model, mask, (2, 3))
+    assert kept_of(drop_unconnected(model, mask, (2, 3))) == nodes
+
+
 def test_a_node_without_a_way_in_or_a_way_out_is_dropped():
     model = hand_made()
     assert kept_of(drop_unconnected(model, as_mask(model, CIRCUIT), (2, 3))) == CIRCUIT
-    extra = {**CIRCUIT, "0.mlp.post_act": [0], "0.mlp.act_in": [0], "0.mlp.resid_delta": [4], "0.attn.q": [1], "0.attn.k": [4]}
-    assert kept_of(drop_unconnected(model, as_mask(model, extra), (2, 3))) == CIRCUIT  # resid_delta 4 has no way in, the rest none out
+    extra = {**CIRCUIT, "0.mlp.post_act": [0], "0.mlp.act_in": [0], "0.mlp.resid_delta": [1], "0.attn.q": [1], "0.attn.k": [4]}
+    assert kept_of(drop_unconnected(model, as_mask(model, extra), (2, 3))) == CIRCUIT  # resid_delta 1 has no way in, the rest none out
     for site in CIRCUIT:
         assert kept_of(drop_unconnected(model, as_mask(model, {s: c for s, c in CIRCUIT.items() if s != site}), (2, 3))) == {}
     assert kept_of(drop_unconnected(model, as_mask(model, CIRCUIT), (6, 7))) == {}  # these answers read no channel
@@ -323,7 +335,10 @@ def test_masks_keep_the_needed_nodes_close_the_useless_ones_and_repeat(tmp_path)
     tau = learn_masks(model, pairs, constants, gates, cfg, lambda *_: None)
     assert tau.shape == (len(gates.index),) and float(tau.abs().max()) <= 1
     assert kept_of({s: t > 0 for s, t in gates.split(tau).items()}) == CIRCUIT
-    assert torch.equal(tau, learn_masks(model, pairs, constants, gates, cfg, lambda *_: None))
+    cfg.steps = 5  # before the clamp makes all runs alike
+    a, b = (learn_masks(model, pairs, constants, gates, cfg, lambda *_: None) for _ in range(2))
+    cfg.seed = 1
+    assert torch.equal(a, b) and not torch.equal(a, learn_masks(model, pairs, constants, gates, cfg, lambda *_: None))
 
 
 def test_taus_stay_clamped_under_a_huge_learning_rate(tmp_path):
@@ -350,35 +365,36 @@ def test_attribution_is_the_first_order_effect_of_closing_each_gate(tmp_path):
 # --- discretise -----------------------------------------------------------------------------------
 
 def parallel_model():
-    """Six values of falling weight copy the deciding channel: each of them that is kept lowers the loss."""
-    model = hand_made()
-    for v, weight in enumerate((2.0, 1.0, 0.8, 0.6, 0.4, 0.2)):
-        model.transformer.h[0].attn.c_attn.weight[12 + v] = torch.eye(6)[0]
-        model.transformer.h[0].attn.c_proj.weight[3 + v % 3, v] = weight
-    model.lm_head.weight[2, 3:6] = torch.tensor([1.5, 2.0, 2.5])
+    """Four channels carry the deciding token, each disturbed by another token: the more are averaged, the lower the loss."""
+    model = random_model(std=0.0, sink=False)
+    wte, head, block = model.transformer.wte.weight, model.lm_head.weight, model.transformer.h[0]
+    for norm in (block.ln_1, block.ln_2, model.transformer.ln_f):
+        norm.weight.fill_(1.0)
+    wte[:, 4], wte[0, :4], wte[1, :4] = 1.0, 1.0, -1.0
+    for i in range(4):
+        wte[4 + i, i] = (-1) ** i * 1.2
+        block.attn.c_attn.weight[12 + i, i], block.attn.c_proj.weight[5, i] = 1.0, 1.0
+    head[2, 5], head[3, 5] = 1.0, -1.0
     return model
 
 
 def test_discretising_keeps_exactly_the_fewest_leading_nodes_that_meet_the_target(tmp_path):
     model, cfg, constants = toy_setup(tmp_path, parallel_model())
     gates, pairs = Gates(model, False), toy_pairs()
-    leading = [("0.attn.act_in", 0), *(("0.attn.resid_delta", c) for c in (3, 4, 5)), *(("0.attn.v", v) for v in (5, 4, 3, 2, 1, 0))]
+    leading = [("0.attn.resid_delta", 5), *((site, i) for i in range(4) for site in ("0.attn.act_in", "0.attn.v"))]
     sites = [(s, i) for s, m in all_nodes(model).items() for i in range(len(m))]
     order = torch.tensor([sites.index(n) for n in leading] + [i for i, n in enumerate(sites) if n not in leading])
-    losses, found = [], 0
-    for k in range(5, 11):
-        mask = drop_unconnected(model, as_mask(model, {s: [i for t, i in leading[:k] if t == s] for s, _ in leading}), (2, 3))
-        margin = margins(model, pairs, ablate(mask, constants))
+    losses = []
+    for n in (1, 2, 3, 4):  # channels
+        margin = margins(model, pairs, ablate(as_mask(model, {s: [i for t, i in leading[: 1 + 2 * n] if t == s] for s, _ in leading}), constants))
         losses.append(loss_of(calibrated(margin, *calibrate(margin))))
-    for k, loss in enumerate(losses):
-        if k and loss < min(losses[:k]) - 1e-4:
-            got = discretise(model, order, gates, constants, pairs, loss + 5e-5)
-            assert got.loss == pytest.approx(loss, abs=1e-6) and got.loss <= loss + 5e-5
-            assert kept_of(got.mask)["0.attn.v"] == list(range(5 - k, 6)) and count(got.mask) == 5 + k
-            found += 1
-    assert found >= 3  # targets that told one k from the next
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[3] + 0.05
+    for n, loss in enumerate(losses, 1):
+        got = discretise(model, order, gates, constants, pairs, loss + 1e-4)
+        assert got.loss == pytest.approx(loss, abs=1e-5)
+        assert kept_of(got.mask) == {"0.attn.act_in": list(range(n)), "0.attn.v": list(range(n)), "0.attn.resid_delta": [5]}
     with pytest.raises(ValueError, match="even all nodes"):
-        discretise(model, order, gates, constants, pairs, min(losses) / 2)
+        discretise(model, order, gates, constants, pairs, losses[3] / 2)
 
 
 def test_ties_of_tau_are_broken_so_that_the_circuit_is_as_small_as_without_them(tmp_path, monkeypatch):
@@ -391,7 +407,7 @@ def test_trimming_leaves_no_single_node_that_could_be_left_out(tmp_path):
     model, _, constants = toy_setup(tmp_path, parallel_model())
     gates, pairs, order = Gates(model, False), toy_pairs(), torch.arange(sum(len(m) for m in all_nodes(model).values()))
     everything = fit(model, all_nodes(model), constants, pairs)
-    target = 1.3 * everything.loss
+    target = 1.5 * everything.loss
     got = trim(model, everything, order, gates, constants, pairs, target)
     assert 0 < count(got.mask) < count(everything.mask) and got.loss <= target
     margin = margins(model, pairs, ablate(got.mask, constants))
@@ -501,8 +517,10 @@ def test_fewer_heldout_pairs_than_examples_still_give_a_circuit(tmp_path):
 
 def test_an_unsolved_task_is_an_error_that_says_so(tmp_path):
     model, cfg, constants = toy_setup(tmp_path, random_model(std=0.01))
-    with pytest.raises(ValueError, match="does not solve toy"):
-        prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None)
+    for unsolved in (0.0, math.nan):  # a loss that is not a number solves nothing
+        model.lm_head.weight[2, 3] = unsolved
+        with pytest.raises(ValueError, match="does not solve toy"):
+            prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None)
 
 
 # --- the command ----------------------------------------------------------------------------------------

@@ -213,11 +213,12 @@ def test_context_is_varied_and_not_one_template(task, tokenizer, drawn):
 
 @every_task
 def test_both_quote_styles_stand_in_the_shared_context_of_a_pair(task, tokenizer, drawn):
-    shared = [a[: next(i for i, (x, y) in enumerate(zip(a + "\0", b + "\0")) if x != y)]
-              for a, b in texts(drawn[task.name]["train"], tokenizer)]
-    single, double = (sum(bool(re.search(rf"(?<!{q}){q}(?!{q})", t)) for t in shared) for q in "'\"")
-    assert min(single, double) > 0.05 * len(shared)
-    assert sum("'" in t and '"' in t.replace('"""', "") for t in shared) > 0.01 * len(shared)
+    shared = []
+    for a, b in texts(drawn[task.name]["train"], tokenizer):
+        start, length = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(difference(a, b)[0])
+        shared.append((a[:start] + a[start + length :]).replace('"""', ""))
+    single, double = ({i for i, t in enumerate(shared) if q in t} for q in "'\"")
+    assert min(len(single), len(double)) > 0.1 * len(shared) and len(single & double) > 0.01 * len(shared)
 
 
 # --- loss and rows ----------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""From the data to the page on a tiny scale; the configs, the Makefile and the README name what exists and works."""
+import html
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prune
+import train
+import view
+from config import parse
+from data.tinypython.tokenizer import load_tokenizer
+from model import GPT
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+TASK, BLOCK = "bracket_counting", 64
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def python(*args, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data")
+    ran = python("data/tinypython/prepare.py", f"--out={out}", "--tokens=200000")
+    assert ran.returncode == 0, ran.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A model after a few steps of training. Its loss and its page are real; it solves no task yet."""
+    out = tmp_path_factory.mktemp("run")
+    assert train.main([f"--data_dir={data}", f"--out_dir={out}", "--device=cpu", "--n_layer=1", "--d_model=32", "--bigram=counts",
+                       f"--block_size={BLOCK}", "--batch_size=8", "--max_steps=6", "--density=0.2", "--eval_tokens=512"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def circuit(run, data, tmp_path_factory):
+    """circuit.json of the trained model with one more head channel, wired by hand, that looks for ` [[`."""
+    tokenizer, model, solved = load_tokenizer(), GPT.load(str(run)), tmp_path_factory.mktemp("solved")
+    one, two = (tokenizer.encode_ordinary(a)[0] for a in ("]\n", "]]\n"))
+    block, head = model.transformer.h[0], model.lm_head.weight
+    with torch.no_grad():
+        wte, attn, width = model.transformer.wte.weight, block.attn, model.config.n_head * model.config.d_head
+        wte[:, :2], head[:, :2], attn.c_proj.weight[:2], block.mlp.c_proj.weight[:2] = 0, 0, 0, 0
+        attn.c_attn.weight[2 * width], attn.c_proj.weight[:, 0] = 0, 0
+        wte[tokenizer.encode_ordinary(" [[")[0], 0] = 20.0
+        attn.c_attn.weight[2 * width, 0], attn.c_proj.weight[1, 0] = 10.0, 10.0
+        head[[one, two], 1] = torch.tensor([-2.0, 2.0])
+        model.final_logits_bias[[one, two]] = torch.tensor([10.0, 0.0])
+        if model.bigram_table is not None:
+            model.bigram_table[:, [one, two]] = 0.0
+    model.save(str(solved))
+    assert prune.main([f"--model={solved}", f"--task={TASK}", f"--data={data}", "--target_loss=0.3", "--mean_tokens=4096", "--steps=60",
+                       "--batch_pairs=8", "--train_pairs=64", "--fit_pairs=32", "--heldout_pairs=32", "--lr=0.05", "--k_coef=0.01"]) == 0
+    return solved / TASK / "circuit.json"
+
+
+# --- the pipeline -----------------------------------------------------------------------------
+
+def test_every_stage_leaves_its_files(data, run, circuit):
+    assert {"train.bin", "val.bin", "meta.json"} <= {p.name for p in data.iterdir()}
+    assert {"beeg_config.json", "final_model.pt", "train.toml", "log.jsonl", "state.pt"} <= {p.name for p in run.iterdir()}
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 6 and set(last["val_loss"]) == set(json.loads((data / "meta.json").read_text())["val_parts"])
+    assert circuit.is_file()
+
+
+def test_the_circuit_of_the_pipeline_is_small_meets_its_target_and_is_needed(circuit):
+    c = json.loads(circuit.read_text())
+    assert [["0.attn.act_in", 0], ["0.attn.resid_delta", 1], ["0.attn.v", 0]] == sorted([s, i] for s, ch in c["nodes"].items() for i in ch)
+    assert c["n_edges"] == 2 and c["loss"] <= 0.3 and c["loss_heldout"] < 0.5 < c["validation"]["necessity"]
+
+
+def test_the_circuits_means_are_those_of_the_pretraining_data(circuit, data):
+    c, tokens = json.loads(circuit.read_text()), np.fromfile(data / "train.bin", "<u2").astype(np.int64)
+    rows, sums = torch.from_numpy(tokens[: len(tokens) // BLOCK * BLOCK][: 512 * BLOCK]).view(-1, BLOCK), {}
+    model = GPT.load(c["model"]["dir"])
+    with torch.no_grad():
+        model(rows, nodes=lambda site, x: sums.setdefault(site, x.mean((0, 1))) is None or x)
+    for site, values in c["means"].items():
+        mean = sums[site]
+        assert (torch.tensor(values) - mean).norm() < 0.5 * mean.norm() + 0.02 * len(mean) ** 0.5, site
+
+
+def test_the_page_shows_every_node_and_edge(circuit):
+    c, page = json.loads(circuit.read_text()), circuit.with_suffix(".html")
+    assert view.main([str(circuit)]) == 0
+    text = html.unescape(page.read_text())
+    held = next(json.loads(m) for m in re.findall(r"<script[^>]*json[^>]*>(.*?)</script>", page.read_text(), re.S))
+    assert held["nodes"] == c["nodes"] and len(held["edges"]) == c["n_edges"]
+    assert TASK in text and "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+
+
+def test_a_target_that_a_coin_flip_meets_gives_an_empty_circuit_and_still_a_page(run, data, tmp_path):
+    assert prune.main([f"--model={run}", f"--data={data}", f"--out_dir={tmp_path}", "--target_loss=5", "--mean_tokens=512", "--steps=2",
+                       "--batch_pairs=2", "--train_pairs=16", "--fit_pairs=8", "--heldout_pairs=16"]) == 0
+    file = tmp_path / "single_double_quote" / "circuit.json"
+    assert json.loads(file.read_text())["n_edges"] == 0
+    assert view.main([str(file)]) == 0 and file.with_suffix(".html").stat().st_size > 1000
+
+
+# --- configs ----------------------------------------------------------------------------------
+
+def loaded(path, *overrides):
+    kind = prune.PruneConfig if set(tomllib.loads(path.read_text())) & {"task", "target_loss", "k_coef", "heldout_pairs"} else train.TrainConfig
+    return parse(kind, [f"--config={path}", *overrides])
+
+
+@each_config
+def test_every_config_opens_with_a_comment_and_holds_only_valid_values(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and len(first) > 20
+    cfg = loaded(path)
+    train.check(cfg, 1) if isinstance(cfg, train.TrainConfig) else prune.check(cfg)
+
+
+@each_config
+def test_every_training_config_starts_steps_and_saves_on_a_shrunken_batch(path, data, tmp_path):
+    if not isinstance(loaded(path), train.TrainConfig):
+        pytest.skip("a config of another script")
+    out = tmp_path / "out"
+    small = dict(n_layer=1, batch_size=2, grad_accum=1, block_size=16, max_steps=1, dtype="float32", compile="false", eval_tokens=64,
+                 device="cpu", data_dir=data, out_dir=out)
+    assert train.main([f"--config={path}", *(f"--{k}={v}" for k, v in small.items())]) == 0
+    try:
+        model = GPT.load(str(out))
+        assert model.config.d_model == loaded(path).d_model and (out / "state.pt").stat().st_size > 0
+    finally:
+        shutil.rmtree(out)  # up to a gigabyte
+
+
+# --- Makefile and README ------------------------------------------------------------------------
+
+STAGES = ["prepare.py", "train.py --config=configs/demo.toml", "prune.py", "view.py"]
+PRODUCTS = ["data/tinypython/meta.json", "out/demo/finished", "out/demo/single_double_quote/circuit.json"]
+
+
+def make_demo(folder, *options):
+    (folder / "requirements.txt").touch()
+    ready = folder / ".venv/ready"
+    ready.parent.mkdir(exist_ok=True)
+    ready.touch()
+    ran = subprocess.run(["make", "-n", "-f", ROOT / "Makefile", *options, "demo"], cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return [line for line in ran.stdout.splitlines() if ".py" in line and "echo" not in line]
+
+
+def test_make_demo_runs_the_four_stages_in_order(tmp_path):
+    commands = make_demo(tmp_path)
+    assert len(commands) == 4 and all(stage in command for stage, command in zip(STAGES, commands))
+    assert "--task=single_double_quote" in commands[2] and "--model=out/demo" in commands[2]
+    assert commands[3].endswith("out/demo/single_double_quote/circuit.json")
+
+
+@pytest.mark.parametrize("made", range(4))
+def test_a_second_make_demo_redoes_only_what_is_missing(made, tmp_path):
+    for product in PRODUCTS[:made]:
+        (tmp_path / product).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / product).touch()
+    commands = make_demo(tmp_path)
+    assert [s for s in STAGES if any(s in c for c in commands)] == STAGES[made:]
+
+
+def test_data_and_run_can_be_put_elsewhere(tmp_path):
+    commands = make_demo(tmp_path, "OUT=elsewhere/run", "TASK=bracket_counting")
+    assert "--model=elsewhere/run" in commands[2] and commands[3].endswith("elsewhere/run/bracket_counting/circuit.json")
+
+
+def test_the_makefile_names_only_files_that_exist():
+    text = (ROOT / "Makefile").read_text()
+    for name in set(re.findall(r"\S+\.(?:py|toml|txt)\b", text)):
+        name = name.replace("$(DATA)", "data/tinypython").removeprefix("--config=")
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no README.md")
+def test_the_readmes_commands_name_files_and_options_that_exist():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^ *(?:python3?|torchrun --\S+) (\S+\.py)(.*)$", text, re.M)
+    assert commands
+    for script, rest in commands:
+        options = shlex.split(rest, comments=True)
+        assert (ROOT / script).is_file(), script
+        if script in ("train.py", "prune.py"):
+            kind = train.TrainConfig if script == "train.py" else prune.PruneConfig
+            parse(kind, [o.replace("--config=configs/", f"--config={ROOT}/configs/") for o in options])
+        else:
+            source = (ROOT / script).read_text()
+            assert all(f'"{o.split("=")[0]}"' in source for o in options if o.startswith("--")), options
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^ *make (\w+)", text, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for target in re.findall(r"\]\(([^):#]+)\)", text):  # links and pictures within the repository
+        assert (ROOT / target).exists(), target
+    for file in re.findall(r"^\| `([^`]+)` \|", text, re.M):
+        assert (ROOT / file).exists(), file
