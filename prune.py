@@ -254,12 +254,13 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     T, device = model.config.block_size, model.lm_head.weight.device
     train = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed).to(device)
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
-    unpruned = margins(model, heldout)
-    if loss_of(unpruned) > cfg.target_loss:
-        raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats held out, "
-                         f"target {cfg.target_loss}; train longer, or raise --target_loss")
-    gates = Gates(model, cfg.tie_qk)
     fit_pairs = train.take(torch.arange(cfg.fit_pairs, device=device))
+    unpruned = margins(model, heldout)
+    at_best = loss_of(calibrated(unpruned, *calibrate(margins(model, fit_pairs))))  # as its circuits are
+    if min(at_best, loss_of(unpruned)) > cfg.target_loss:
+        raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats held out "
+                         f"({at_best:.3f} calibrated), target {cfg.target_loss}; train longer, or raise --target_loss")
+    gates = Gates(model, cfg.tie_qk)
     tau = learn_masks(model, train, constants, gates, cfg, say)
     ties = attribution(model, fit_pairs, constants, gates)
     order = torch.from_numpy(np.lexsort((-ties.cpu().numpy(), -tau.cpu().numpy()))).to(device)

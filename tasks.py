@@ -104,6 +104,10 @@ ADJECTIVES = """active bad big blue bright closed cold dark done empty extra fas
 high invalid large last late local long lost low main missing new next old open plain private public quick ready red
 second short simple slow small strong total unknown valid warm wrong""".split()
 
+VARIABLES = """a age b c color count d data email end first height index info item k key label last left length level limit
+line message n name node number offset path price result right row score size source speed start state step target text
+title total user value weight width word x y""".split()
+
 
 def words(r: random.Random, low: int = 1, high: int = 6) -> str:
     return " ".join(r.choice(r.choice((NOUNS, VERBS, ADJECTIVES))) for _ in range(r.randint(low, high)))
@@ -115,11 +119,11 @@ def number(r: random.Random) -> str:
 
 def line(r: random.Random) -> str:
     """One line of code that has nothing to do with the task; strings come in both quote styles."""
-    a, b, q = r.choice(NOUNS), r.choice(NOUNS), r.choice("'\"")
+    a, b, q = r.choice(VARIABLES), r.choice(VARIABLES), r.choice("'\"")
     return r.choice((
         lambda: f"{a} = {number(r)}",
         lambda: f"{a} = {b} + {number(r)}",
-        lambda: f"{a} = {r.choice(VERBS)}_{b}({r.choice(NOUNS)})",
+        lambda: f"{a} = {r.choice(VERBS)}_{r.choice(NOUNS)}({b})",
         lambda: f"{a} = {q}{words(r, 1, 2)}{q}",
         lambda: f"{a}.{r.choice(VERBS)}({b})",
         lambda: f"{r.choice(('print', 'log', 'send', 'show'))}({q}{words(r)}{q})",
@@ -136,7 +140,7 @@ def indented(text: str, by: int = 4) -> str:
 
 def function(r: random.Random, *, low: int = 0, high: int = 4) -> str:
     """A function header and a few lines of its body, ending with a newline."""
-    params = ", ".join(r.sample(NOUNS, r.randint(0, 3)))
+    params = ", ".join(r.sample(VARIABLES, r.randint(0, 3)))
     text = f"def {r.choice(VERBS)}_{r.choice(NOUNS)}({params}):\n"
     if r.random() < 0.2:
         text += f'    """{words(r, 2).capitalize()}."""\n'
@@ -155,15 +159,15 @@ def single_double_quote(r):
 
 def bracket_counting(r):
     before = function(r)
-    element = r.choice((number, number, lambda r: r.choice(NOUNS)))
+    element = r.choice((number, number, lambda r: r.choice(VARIABLES)))
     row = ", ".join(element(r) for _ in range(r.randint(1, 6)))
-    start = f"{before}    {r.choice(NOUNS)} = "
+    start = f"{before}    {r.choice(VARIABLES)} = "
     return f"{start}[{row}", f"{start}[[{row}"
 
 
 def set_or_string_fixedvarname(r):
     before, between = function(r, high=2), "".join(indented(line(r)) for _ in range(r.randint(0, 2)))
-    item, items = r.choice(NOUNS), r.choice(NOUNS) + "s"
+    item, items = r.choice(VARIABLES), r.choice(NOUNS) + "s"
     loop = f"    for {item} in {items}:\n" + (indented(line(r), 8) if r.random() < 0.4 else "")
     return tuple(f"{before}    current = {start}\n{between}{loop}        current" for start in ("set()", '""'))
 

@@ -6,7 +6,7 @@
 - A document goes to train or val by its hash, so never to both. Each ends with <|endoftext|>.
 - The same options and inputs give the same bytes.
 
-    python data/tinypython/prepare.py [--tokens=6_000_000] [--idioms=0.6] [--source=stdlib|installed|packages|DIR]
+    python data/tinypython/prepare.py [--tokens=6_000_000] [--idioms=0.7] [--source=stdlib|installed|packages|DIR]
 """
 
 import argparse
@@ -275,7 +275,7 @@ def main() -> None:
     parser.error = lambda message: stop(message)  # argparse's own takes more than a line
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the three files (default: this one)")
     parser.add_argument("--tokens", type=int, default=6_000_000, help="in all (6_000_000)")
-    parser.add_argument("--idioms", type=float, default=0.6, help="share of the tokens that are idioms (0.6)")
+    parser.add_argument("--idioms", type=float, default=0.7, help="share of the tokens that are idioms (0.7)")
     parser.add_argument("--source", default="stdlib", help="of real code: stdlib, installed, packages or a folder")
     parser.add_argument("--seed", type=int, default=0, help="of the idioms and the order of documents (0)")
     parser.add_argument("--val", type=float, default=0.02, help="share of the documents in val.bin (0.02)")
