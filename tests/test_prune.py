@@ -1,5 +1,6 @@
 """prune.py: a hand-made circuit is found exactly, and the file alone reproduces every number that it states."""
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -389,12 +390,12 @@ def test_discretising_keeps_exactly_the_fewest_leading_nodes_that_meet_the_targe
         margin = margins(model, pairs, ablate(as_mask(model, {s: [i for t, i in leading[: 1 + 2 * n] if t == s] for s, _ in leading}), constants))
         losses.append(loss_of(calibrated(margin, *calibrate(margin))))
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[3] + 0.05
-    for n, loss in enumerate(losses, 1):
-        got = discretise(model, order, gates, constants, pairs, loss + 1e-4)
+    for n_open, (n, loss) in itertools.product((9, len(order)), enumerate(losses, 1)):
+        got = discretise(model, order, n_open, gates, constants, pairs, loss + 1e-4)
         assert got.loss == pytest.approx(loss, abs=1e-5)
         assert kept_of(got.mask) == {"0.attn.act_in": list(range(n)), "0.attn.v": list(range(n)), "0.attn.resid_delta": [5]}
     with pytest.raises(ValueError, match="even all nodes"):
-        discretise(model, order, gates, constants, pairs, losses[3] / 2)
+        discretise(model, order, 9, gates, constants, pairs, losses[3] / 2)
 
 
 def test_ties_of_tau_are_broken_so_that_the_circuit_is_as_small_as_without_them(tmp_path, monkeypatch):
