@@ -91,6 +91,9 @@ def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int]) -> Nodes
             live[site] = mask[site] & F.pad(filled, (0, len(mask[site]) - len(filled)), value=True)
         else:
             live[site] = reached(site, live)
+        if site.endswith("attn.v"):  # a constant value moves too where queries or keys steer its attention
+            steered = heads(live[site[:-1] + "q"] | live[site[:-1] + "k"])
+            live[site] = live[site] | (mask[site] & steered)
         if site.endswith("resid_delta"):
             filled = filled | live[site]
     read, keep = (head[list(answers)] != 0).any(0), {}
