@@ -228,10 +228,10 @@ def discretise(model: GPT, order: Tensor, n_open: int, gates: Gates, constants: 
 
     low, high = 0, n_open
     best = leading(high)
-    if best.loss > target:
+    if not best.loss <= target:
         low, high = n_open, len(order)
         best = leading(high)
-    if best.loss > target:
+    if not best.loss <= target:
         raise ValueError(f"even all nodes reach only {best.loss:.3f} nats, above the target {target:.3f}")
     while high - low > 1:  # `high` meets the target, always
         middle = (low + high) // 2
@@ -271,7 +271,7 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     fit_pairs = train.take(torch.arange(cfg.fit_pairs, device=device))
     unpruned = margins(model, heldout)
     at_best = loss_of(calibrated(unpruned, *calibrate(margins(model, fit_pairs))))  # as its circuits are
-    if min(at_best, loss_of(unpruned)) > cfg.target_loss:
+    if not min(at_best, loss_of(unpruned)) <= cfg.target_loss:  # nor is NaN a solution
         raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats held out "
                          f"({at_best:.3f} calibrated), target {cfg.target_loss}; train longer, or raise --target_loss")
     gates = Gates(model, cfg.tie_qk)

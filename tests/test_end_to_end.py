@@ -72,7 +72,7 @@ def circuit(run, data, tmp_path_factory):
         if model.bigram_table is not None:
             model.bigram_table[:, [one, two]] = 0.0
     model.save(str(solved))
-    assert prune.main([f"--model={solved}", f"--task={TASK}", f"--data={data}", "--target_loss=0.3", "--mean_tokens=4096", "--steps=60",
+    assert prune.main([f"--model={solved}", f"--task={TASK}", f"--data={data}", "--target_loss=0.3", "--mean_tokens=150000", "--steps=60",
                        "--batch_pairs=8", "--train_pairs=64", "--fit_pairs=32", "--heldout_pairs=32", "--lr=0.05", "--k_coef=0.01"]) == 0
     return solved / TASK / "circuit.json"
 
@@ -95,7 +95,7 @@ def test_the_circuit_of_the_pipeline_is_small_meets_its_target_and_is_needed(cir
 
 def test_the_circuits_means_are_those_of_the_pretraining_data(circuit, data):
     c, tokens = json.loads(circuit.read_text()), np.fromfile(data / "train.bin", "<u2").astype(np.int64)
-    rows, sums = torch.from_numpy(tokens[: len(tokens) // BLOCK * BLOCK][: 512 * BLOCK]).view(-1, BLOCK), {}
+    rows, sums = torch.from_numpy(tokens[: len(tokens) // BLOCK * BLOCK]).view(-1, BLOCK), {}
     model = GPT.load(c["model"]["dir"])
     with torch.no_grad():
         model(rows, nodes=lambda site, x: sums.setdefault(site, x.mean((0, 1))) is None or x)

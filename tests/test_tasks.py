@@ -190,10 +190,11 @@ def test_any_tokenizer_with_single_token_answers_will_do():
             return [ord(c) for c in text]
 
     task = Task("toy", "", ("x", "y"), lambda r: (f"a{(n := r.randint(0, 999))}", f"b{n}"))
-    pairs = load_pairs(task, Letters(), 50, "train", 8)
-    assert len(pairs) == 50 and pairs.answer.tolist() == [ord("x"), ord("y")] * 50
-    for i, (a, b) in enumerate(as_pairs(pairs)):
+    pairs, heldout = (load_pairs(task, Letters(), 100, split, 8) for split in ("train", "heldout"))
+    assert len(pairs) == 100 and pairs.answer.tolist() == [ord("x"), ord("y")] * 100
+    for a, b in as_pairs(pairs):
         assert chr(a[0]) == "a" and chr(b[0]) == "b" and a[1:] == b[1:]
+    assert not set(as_pairs(pairs)) & set(as_pairs(heldout))  # of 1,000: by chance, ten would be in both
 
 
 # --- the context ------------------------------------------------------------------------------
