@@ -100,11 +100,16 @@ def calibrate(margin: Tensor, steps: int = 16) -> tuple[float, float]:
 
 @torch.no_grad()
 def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
-    """Mean activation of every node over `tokens` tokens of the uint16 file `path` (paper A.5)."""
+    """Mean activation of every node over `tokens` tokens of the uint16 file `path` (paper A.5).
+
+    ValueError if the file is no such data for this model; OSError if it is missing.
+    """
+    T, size = model.config.block_size, os.path.getsize(path)
+    if size % 2 or size < 2 * T:
+        raise ValueError(f"{path} has {size} bytes: not whole uint16 tokens, or fewer than one block of {T}; prepare the data again")
     data = np.memmap(path, dtype="<u2", mode="r")
-    T = model.config.block_size
-    if len(data) < T:
-        raise ValueError(f"{path} holds {len(data)} tokens, fewer than one block of {T}")
+    if data.max() >= model.config.vocab_size:
+        raise ValueError(f"{path} holds token id {data.max()}, past the model's vocabulary of {model.config.vocab_size}")
     starts = np.random.default_rng(seed).integers(0, len(data) - T + 1, max(1, tokens // T))
     sums = {}
 
@@ -366,6 +371,8 @@ def check(cfg: PruneConfig) -> None:
     if cfg.task != "all" and cfg.task not in TASKS:
         near = difflib.get_close_matches(cfg.task, TASKS, n=1, cutoff=0)[0]
         die(f"unknown task '{cfg.task}'; the nearest is '{near}', and --task=all runs all of: {', '.join(TASKS)}")
+    if cfg.device not in ("cpu", "cuda") or cfg.device == "cuda" and not torch.cuda.is_available():
+        die(f"device must be cpu, or cuda where PyTorch sees one, not '{cfg.device}'")
     if cfg.ablation not in ("mean", "zero"):
         die(f"ablation must be mean or zero, not '{cfg.ablation}'")
     for name in ("mean_tokens", "train_pairs", "fit_pairs", "heldout_pairs", "steps", "batch_pairs"):

@@ -103,6 +103,14 @@ def render(c: dict, command: str) -> str:
     return re.sub("@@([A-Z]+)@@", lambda m: parts[m[1]], PAGE)  # one pass: what is filled in is not searched again
 
 
+def summary(c: dict) -> str:
+    """One line: sizes and losses."""
+    def nats(x: object) -> str:
+        return f"{x:.3f}" if isinstance(x, (int, float)) else "–"
+    return (f"{c['task']}: {c['n_nodes']} nodes, {c['n_edges']} edges; loss {nats(c['loss_heldout'])} nats held out "
+            f"(target {nats(c['target_loss'])}, unpruned model {nats(c['unpruned_loss'])}); necessity {nats(c['validation'].get('necessity'))}")
+
+
 def write(path: Path, text: str) -> None:
     tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -128,9 +136,7 @@ def main(argv: list[str]) -> int:
     except BadInput as e:
         print("view.py:", str(e).replace("\n", " "), file=sys.stderr)
         return 2
-    print(f"{circuit['task']}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges; loss {circuit['loss_heldout']:.3f} nats held out "
-          f"(target {circuit['target_loss']}, unpruned model {circuit['unpruned_loss']:.3f}); "
-          f"necessity {circuit['validation'].get('necessity', math.nan):.2f} nats")
+    print(summary(circuit))
     print(out)
     return 0
 

@@ -661,6 +661,7 @@ def test_bfloat16_changes_the_losses_a_little(data, straight, tmp_path):
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_a_compiled_run_compiles_once_and_gives_the_losses_of_a_plain_one(data, straight, tmp_path, monkeypatch):
     import torch._dynamo
+    torch._dynamo.reset()  # what other tests compiled, under another number of threads
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # density and lr change at every step
     out = tmp_path / "run"
     assert train.main(argv(data, out, compile="true")) == 0

@@ -80,7 +80,7 @@ def view(*args: object) -> subprocess.CompletedProcess:
 def page_of(circuit: dict, folder: Path) -> str:
     done = view(save(circuit, folder))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() == str(folder / "circuit.html")
+    assert done.stdout.splitlines()[-1] == str(folder / "circuit.html")
     return (folder / "circuit.html").read_text("utf-8")
 
 
