@@ -106,8 +106,9 @@ def render(c: dict, command: str) -> str:
 def summary(c: dict) -> str:
     """One line: sizes and losses."""
     def nats(x: object) -> str:
-        return f"{x:.3f}" if isinstance(x, (int, float)) else "–"
-    return (f"{c['task']}: {c['n_nodes']} nodes, {c['n_edges']} edges; loss {nats(c['loss_heldout'])} nats held out "
+        return f"{x:.3f}" if isinstance(x, (int, float)) else "-"
+    task = " ".join(c["task"].encode("ascii", "replace").decode().split())  # whatever the terminal can print
+    return (f"{task}: {c['n_nodes']} nodes, {c['n_edges']} edges; loss {nats(c['loss_heldout'])} nats held out "
             f"(target {nats(c['target_loss'])}, unpruned model {nats(c['unpruned_loss'])}); necessity {nats(c['validation'].get('necessity'))}")
 
 
