@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
 # --- the forward pass, written out -------------------------------------------------------------
 
 def written_out(model, idx):
-    """Logits by paper.md sections 2 and 10, from the state dict and the config alone; no dropout."""
+    """Logits by paper sections 2 and 10, from the state dict and the config alone; no dropout."""
     c, w = model.config, {k.removeprefix("transformer."): v for k, v in model.state_dict().items()}
     B, T = idx.shape
 

@@ -24,7 +24,7 @@ from idioms import programs  # noqa: E402
 from prepare import real_code  # noqa: E402
 from tokenizer import DEFAULT, EOT, EOT_ID, load_tokenizer  # noqa: E402
 
-# paper.md section 5, and the tokens that open a string or a list
+# paper Table 1, and the tokens that open a string or a list
 ANSWERS = {
     "single_double_quote": ["')", '")', "')\n", '")\n', "('", '("'],
     "bracket_counting": ["]", "]]", "],", "]\n", "]]\n", "],\n", " [", " [["],

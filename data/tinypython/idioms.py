@@ -1,4 +1,4 @@
-"""Simple, repetitive, varied Python programs (paper.md section 4, the first part of the data).
+"""Simple, repetitive, varied Python programs (paper A.6, the first part of the data).
 
 A program is one to four pieces (functions, classes, loose statements) that share a few names and habits: which
 quotes, how many blank lines, which words. Most idioms are templates in GRAMMAR: `$name` and the like are slots, filled
@@ -6,7 +6,7 @@ by the method of that name, by a list of words or by another rule; a digit (`$na
 stands in the template. A slot of several lines takes the indentation of its own. What a template cannot say (matching
 quotes, signatures, what a file's name means) is a method of Pen.
 
-All that the twenty tasks (paper.md section 5) turn on is here, each in many guises and among other code. Everything is
+All that the twenty tasks (paper Table 1) turn on is here, each in many guises and among other code. Everything is
 valid Python, and no program comes twice.
 """
 

@@ -1,4 +1,4 @@
-"""Makes the training data: train.bin, val.bin (token ids, uint16 little-endian) and meta.json (paper.md section 4).
+"""Makes the training data: train.bin, val.bin (token ids, uint16 little-endian) and meta.json (paper A.6).
 
 - Two parts: idioms (idioms.py, generated) and real code (.py files of this Python installation, of a directory,
   or of the wheels in packages.txt, which are read as zip files; nothing is ever imported or run).

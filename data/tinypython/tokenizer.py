@@ -1,4 +1,4 @@
-"""The 2048-token vocabulary: 2047 BPE tokens and <|endoftext|> (paper.md section 4). Never touches the network.
+"""The 2048-token vocabulary: 2047 BPE tokens and <|endoftext|> (paper A.6). Never touches the network.
 
 The files are read here and not by tiktoken.load, which keeps copies in a cache that is keyed by path alone:
 after a retraining it would silently go on giving the old vocabulary."""
