@@ -98,7 +98,7 @@ def test_the_circuits_means_are_those_of_the_pretraining_data(circuit, data):
     rows, sums = torch.from_numpy(tokens[: len(tokens) // BLOCK * BLOCK]).view(-1, BLOCK), {}
     model = GPT.load(c["model"]["dir"])
     with torch.no_grad():
-        model(rows, nodes=lambda site, x: sums.setdefault(site, x.mean((0, 1))) is None or x)
+        model.run(model.embed(rows), nodes=lambda site, x: sums.setdefault(site, x.mean((0, 1))) is None or x)
     for site, values in c["means"].items():
         mean = sums[site]
         assert (torch.tensor(values) - mean).norm() < 0.5 * mean.norm() + 0.02 * len(mean) ** 0.5, site
