@@ -5,17 +5,24 @@
 - `load_pairs(task, tokenizer, n, split)`: token ids, deterministic by seed; no pair is in both the
   `train` and the `heldout` split.
 - `task_loss`: cross-entropy over the two candidate tokens at the last position, in nats.
+- `python tasks.py` prints two pairs of each task, a bar between tokens; with `--model=DIR`, the loss (nats) and
+  the accuracy of a whole model on each.
 
 Add a task: write a function that returns the two prompts, and name it in `TASKS`.
 """
+import difflib
 import hashlib
 import random
+import sys
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from config import die, parse
+from data.tinypython.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Task:
     description: str
     answers: tuple[str, str]  # right tokens of the first and of the second prompt
     prompts: Callable[[random.Random], tuple[str, str]]
+    local: bool = False  # decided within the last eight tokens, where their bare presence may tell the answer
 
 
 @dataclass
@@ -107,6 +115,9 @@ second short simple slow small strong total unknown valid warm wrong""".split()
 VARIABLES = """a age b c color count d data email end first height index info item k key label last left length level limit
 line message n name node number offset path price result right row score size source speed start state step target text
 title total user value weight width word x y""".split()
+GROWN = "acc body buffer chars collected current found history known out output pending seen summary unique used visited".split()
+FILES = [pair.split("/") for pair in """in_path/out_path in_file/out_file infile/outfile reader/writer read_path/write_path
+source_path/target_path config_path/log_path""".split()]  # to read / to write
 
 
 def words(r: random.Random, low: int = 1, high: int = 6) -> str:
@@ -147,6 +158,28 @@ def function(r: random.Random, *, low: int = 0, high: int = 4) -> str:
     return text + "".join(indented(line(r)) for _ in range(r.randint(low, high)))
 
 
+def finished(r: random.Random) -> str:
+    """A whole function, and blank lines after it."""
+    return function(r, high=3) + f"    return {r.choice(VARIABLES)}\n" + "\n" * r.randint(1, 2)
+
+
+def assignment(r: random.Random) -> str:
+    return f"{r.choice(VARIABLES)} = {r.choice((number(r), r.choice(VARIABLES)))}"
+
+
+def own_word(shared: str, choices: list[str]) -> str:
+    """For a word that only one prompt of a pair has: the rest decides it, so that no two pairs have a prompt in common."""
+    return random.Random(shared).choice(choices)
+
+
+def condition(r: random.Random, *, long: bool = False) -> str:
+    """A condition that ends in a name or a number; a long one has at least seven tokens."""
+    a, b = r.choice(VARIABLES), r.choice(VARIABLES)
+    short = (lambda: a, lambda: f"not {a}", lambda: f"{a} > {number(r)}", lambda: f"{a} == {b}", lambda: f"{a} in {b}")
+    longer = (lambda: f"len({r.choice(NOUNS)}s) {r.choice(('>', '<', '=='))} {number(r)}", lambda: f"{a} % {number(r)} == {number(r)}")
+    return r.choice(longer if long else short + longer)()
+
+
 # --- the tasks -------------------------------------------------------------------------------
 
 def single_double_quote(r):
@@ -172,16 +205,190 @@ def set_or_string_fixedvarname(r):
     return tuple(f"{before}    current = {start}\n{between}{loop}        current" for start in ("set()", '""'))
 
 
+def set_or_string(r):
+    name, other = r.sample(GROWN, 2)
+    item = r.choice(VARIABLES)
+    start, growth = r.choice((("set()", f".add({item})"), ('""', f" += {item}"), ("[]", f".append({item})"), ("0", " += 1")))
+    lines = [f"    {other} = {start}\n"] * (r.random() < 0.5)  # another variable, of any of these types
+    growths = [f"        {other}{growth}\n"] * (len(lines) and r.random() < 0.5)
+    before, place, between = function(r, high=2), r.randint(0, len(lines)), [indented(line(r))] * r.randint(0, 1)
+    loop = f"    for {item} in {r.choice(NOUNS)}s:\n"
+    return tuple("".join((before, *lines[:place], f"    {name} = {value}\n", *lines[place:], *between, loop, *growths, f"        {name}"))
+                 for value in ("set()", '""'))
+
+
+def final_kwarg(r):
+    *plain, decided, last = r.sample(VARIABLES, r.randint(4, 5))
+    start = f"{finished(r)}def {r.choice(VERBS)}_{r.choice(NOUNS)}({', '.join(plain)}, {decided}"
+    return f"{start}=None, {last}", f"{start}, {last}"
+
+
+def class_init(r):
+    others = r.sample([v for v in VARIABLES if v not in ("name", "value")], r.randint(0, 3))
+    params = ", ".join(["self", *others, *r.choice((("name", "value"), ("value", "name")))])
+    start = f"{finished(r)}class {r.choice(NOUNS).capitalize()}:\n    def __init__({params}):\n"
+    start += "".join(f"        self.{x} = {x}\n" for x in others)
+    return f"{start}        self.name =", f"{start}        self.value ="
+
+
+def with_as(r):
+    before, q = function(r), r.choice("'\"")
+    path, mode = r.choice((("config_path", "r"), ("read_path", "r"), ("csv_path", "r"), ("log_file", "r"),
+                           ("output_file", "w"), ("output_path", "w"), ("write_path", "w"), ("log_path", "w")))
+    call = f"open({path}, {q}{mode}{q})"
+    return f"{before}    with {call}", f"{before}    {own_word(before + call, ['f', 'f', 'f', 'file', 'handle', 'fp'])} = {call}"
+
+
+def bracket_brace(r):
+    element = r.choice((number, lambda r: r.choice(VARIABLES)))
+    items = [element(r) for _ in range(2 * r.randint(1, 2) + 1)]
+    index, noun = number(r), r.choice(NOUNS)
+    remark = r.choice((f"{noun}s[{index}", f"see [{index}] for the {noun}", f"a {{{noun}}}", f"{noun}: {{{index}"))
+    start = f"{function(r)}{f'    # {remark}{chr(10)}' * (r.random() < 0.3)}    {r.choice(VARIABLES)} = "
+    entries = "".join(f"{key}: {value}, " for key, value in zip(items[::2], items[1::2]))
+    return f"{start}{{{entries}{items[-1]}", f"{start}[{', '.join(items)}"
+
+
+def with_open(r):
+    read, write = r.choice(FILES)
+    start, end = f"{function(r)}    {r.choice(('with ', 'f = ', 'file = '))}open(", r.choice((", '", ', "'))
+    return start + read + end, start + write + end
+
+
+def for_while(r):
+    before, name = function(r), r.choice(VARIABLES)
+    return f"{before}    for {name}", f"{before}    while {name}"
+
+
+def else_elif(r):
+    start = f"{function(r, high=3)}    if {condition(r)}:\n{indented(line(r), 8)}        {assignment(r)}\n"
+    return f"{start}    else", f"{start}    elif"
+
+
+def fstring_brace(r):
+    before, call = function(r), r.choice(("print", "print", "print", "log", f"{r.choice(NOUNS)}s.append"))
+    q, text = r.choice("'\""), f"the {words(r, 6, 8)} is"
+    return f"{before}    {call}(f{q}{text}", f"{before}    {call}({q}{text}"
+
+
+def if_ternary(r):
+    start, test = f"{function(r)}    {assignment(r)}", condition(r, long=True)
+    return f"{start}\n    if {test}", f"{start} if {test}"
+
+
+def var_swap(r):
+    before = function(r)
+    return f"{before}    x, y = y,", f"{before}    y, x = x,"
+
+
+def indent_for(r):
+    before = f"{function(r, high=3)}    if {condition(r)}:\n{indented(line(r), 8)}        {assignment(r)}\n"
+    items = r.choice(NOUNS) + "s"
+    loop = r.choice((f"for i, {r.choice(VARIABLES)} in enumerate({items}):\n", f"for i in range(len({items})):\n",
+                     f"for key, value in {items}.items():\n"))
+    return f"{before}    {loop}", f"{before}        {loop}"
+
+
+def lambda_func(r):
+    before, name = function(r), r.choice("xyabncdkmvwpst")
+    return f"{before}    {own_word(before + name, VERBS)} = lambda {name}", f"{before}    def {name}"
+
+
+def if_equals(r):
+    before, name = function(r), r.choice(VARIABLES)
+    return f"{before}    if {name}", f"{before}    {name}"
+
+
+def enumerate_range(r):
+    before, i = function(r), r.choice("iiiijk")
+    return f"{before}    for {i}, {own_word(before + i, VARIABLES)} in", f"{before}    for {i} in"
+
+
+def var_if(r):
+    before, name, value = function(r), r.choice(VARIABLES), r.choice(("True", "False"))
+    return f"{before}    if {name} == {value}", f"{before}    {name} = {value}"
+
+
+def while_return_true(r):
+    before = function(r)
+    return f"{before}    while True", f"{before}    return True"
+
+
 TASKS = {task.name: task for task in (
-    Task("single_double_quote", "close a string with the quote that opened it", ("')\n", "\")\n"), single_double_quote),
-    Task("bracket_counting", "close a list by its nesting depth", ("]\n", "]]\n"), bracket_counting),
+    Task("single_double_quote", "close a string with the quote that opened it", ("')\n", "\")\n"), single_double_quote, local=True),
+    Task("bracket_counting", "close a list by its nesting depth", ("]\n", "]]\n"), bracket_counting, local=True),
+    Task("set_or_string", "add to a set, or append to a string, by how the variable was initialised", (".add", " +="), set_or_string),
     Task("set_or_string_fixedvarname", "add to a set, or append to a string, by how `current` was initialised",
          (".add", " +="), set_or_string_fixedvarname),
+    Task("final_kwarg", "a parameter after one with a default needs a default, else the signature may end",
+         ("=None", "):\n"), final_kwarg, local=True),
+    Task("class_init", "in __init__, copy the parameter that the attribute is named after", (" name", " value"), class_init, local=True),
+    Task("with_as", "name the file after `with open(...)`; an assignment goes on otherwise", (" as", " if"), with_as),
+    Task("bracket_brace", "a value follows a key of a dict, a comma an element of a list", (":", ","), bracket_brace, local=True),
+    Task("with_open", "open a file to read or to write, by the name of its variable", ("r", "w"), with_open, local=True),
+    Task("for_while", "a for loop needs `in`, a while loop's condition may end", (" in", ":\n"), for_while, local=True),
+    Task("else_elif", "a colon ends `else`, a condition follows `elif`", (":\n", " not"), else_elif, local=True),
+    Task("fstring_brace", "a brace opens a value in an f-string, a plain string has words", (" {", " not"), fstring_brace),
+    Task("if_ternary", "end the condition of an if statement, or go on to the else of an expression", (":\n", " else"), if_ternary),
+    Task("var_swap", "`x, y = y, x` and `y, x = x, y`", (" x", " y"), var_swap, local=True),
+    Task("indent_for", "indent the body of a for loop by one level more than the loop", (" " * 7, " " * 11), indent_for),
+    Task("lambda_func", "a colon after a lambda's parameter, a bracket after a function's name", (":", "("), lambda_func, local=True),
+    Task("if_equals", "compare in a condition, assign in a statement", (" ==", " ="), if_equals, local=True),
+    Task("enumerate_range", "two loop variables enumerate, one counts", (" enumerate", " range"), enumerate_range, local=True),
+    Task("var_if", "a colon ends the condition of an if, a newline an assignment", (":\n", "\n"), var_if, local=True),
+    Task("while_return_true", "a colon after `while True`, a newline after `return True`", (":\n", "\n"), while_return_true, local=True),
 )}
 
 
+# --- the command -----------------------------------------------------------------------------
+
+@dataclass
+class TasksConfig:
+    task: str = "all"
+    model: str = ""     # a directory in the published format: print its loss; "" = print pairs
+    tokenizer: str = "data/tinypython/tokenizer.tiktoken"
+    pairs: int = 500    # held-out pairs for the loss
+    seed: int = 0
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse(TasksConfig, argv)
+    if cfg.task != "all" and cfg.task not in TASKS:
+        near = difflib.get_close_matches(cfg.task, TASKS, n=1, cutoff=0)[0]
+        die(f"unknown task '{cfg.task}'; the nearest is '{near}', and --task=all shows all of: {', '.join(TASKS)}")
+    if cfg.pairs < 1:
+        die(f"pairs must be at least 1, not {cfg.pairs}")
+    tasks = [TASKS[cfg.task]] if cfg.task != "all" else TASKS.values()
+    try:
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        if cfg.model:
+            return score(cfg, tasks, tokenizer)
+        for task in tasks:
+            pairs = load_pairs(task, tokenizer, 2, "train", 256, cfg.seed)
+            print(f"\n\n=== {task.name}: {task.description}{' (the last tokens tell)' * task.local}")
+            for ids, last, answer in zip(pairs.ids.tolist(), pairs.last.tolist(), pairs.answer.tolist()):
+                tokens = [tokenizer.decode([t]) for t in ids[: last + 1]]
+                print("-" * 60 + "\n" + "|".join(tokens).replace("\n|", "\n") + f"|   -> {tokenizer.decode([answer])!r}")
+    except (ValueError, OSError) as e:
+        die(str(e))
+    return 0
+
+
+def score(cfg: TasksConfig, tasks, tokenizer) -> int:
+    """Print the loss and the share of right answers of a model, task by task."""
+    from circuit import margins  # these two stand above this file
+    from model import GPT
+
+    model = GPT.load(cfg.model).requires_grad_(False)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{cfg.tokenizer} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    print(f"{'task':28}  loss (nats)  accuracy")
+    for task in tasks:
+        pairs = load_pairs(task, tokenizer, cfg.pairs, "heldout", model.config.block_size, cfg.seed)
+        margin = margins(model, pairs)
+        print(f"{task.name:28} {F.softplus(-margin).mean():12.3f} {(margin > 0).float().mean():9.3f}", flush=True)
+    return 0
+
+
 if __name__ == "__main__":
-    for task in TASKS.values():
-        print(f"\n{task.name}: {task.description}")
-        for prompt, answer in zip(task.prompts(random.Random(0)), task.answers):
-            print("-" * 60 + f"\n{prompt}   -> {answer!r}")
+    sys.exit(main(sys.argv[1:]))
