@@ -1,11 +1,12 @@
 """The operations that sparsity adds to a transformer, one public function each.
 
 - `abstopk(x, k)`: keep the k entries of largest magnitude along the last axis (paper 2.1).
-- `topk_mask(x, k)`: which entries those are; the optimizer's projection uses it too (paper A.2).
+- `topk_mask(x, k)`: which entries those are; the optimizer's projection uses it too (paper A.2), on
+  CPU as `topk_mask_numpy`, which costs less on a small tensor.
 - `sink_attention(q, k, v, sink)`: causal attention with a learnable logit in the denominator (A.1).
 
 AbsTopK keeps exactly k, ties to the lower index. Its work is to find the k-th magnitude: on CPU
-numpy's vectorised quickselect does that three times as fast as torch.topk. Attention never builds
+numpy's vectorised quickselect does that many times as fast as torch.topk. Attention never builds
 a T x T matrix: memory is linear in T, forward and backward.
 """
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,8 @@ def topk_mask(x: Tensor, k: int) -> Tensor:
     if k == n:
         return torch.ones_like(x, dtype=torch.bool)
     if x.device.type == "cpu":
-        return _topk_mask_cpu(x.detach(), k)
+        # as an operator it is opaque to torch.compile, so the graph stays one; elsewhere that would only cost
+        return (_topk_mask_op if torch.compiler.is_compiling() else _topk_mask_cpu)(x.detach(), k)
     mag = x.detach().abs()
     mag = mag.masked_fill(mag.isnan(), torch.inf)  # a NaN ranks first, so that it is not hidden
     return _break_ties(mag, mag.topk(k, sorted=False).values.amin(-1, keepdim=True), k)
@@ -41,42 +43,69 @@ def _break_ties(mag: Tensor, kth: Tensor, k: int) -> Tensor:
     return above | (at & (at.cumsum(-1) <= room))
 
 
-@torch.library.custom_op("circuits::topk_mask_cpu", mutates_args=())  # opaque to torch.compile: one graph
 def _topk_mask_cpu(x: Tensor, k: int) -> Tensor:
     n = x.shape[-1]
-    mag = x.abs().reshape(-1, n)
-    if mag.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16; the widening is exact
-        mag = mag.float()
-    # one pivot only: numpy leaves its vectorised path for two. It releases the GIL, so halves run side by side
-    halves = torch.tensor_split(mag, max(1, min(2, len(mag))))
-    parts = _pool.map(lambda rows: np.partition(rows.numpy(), n - k, axis=-1), halves)
-    part = torch.cat([torch.from_numpy(p) for p in parts])
+    if x.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16; the widening is exact
+        x = x.float()
+    rows, mask = x.reshape(-1, n).numpy(), torch.empty(x.shape, dtype=torch.bool)
+    out = mask.view(-1, n).numpy()
+    size = max(1, 2**16 // n)  # rows in a block: so few that it stays in the core's cache through all passes
+    blocks = [slice(i, i + size) for i in range(0, len(rows), size)]
+
+    def work(mine):
+        for block in mine:
+            out[block] = topk_mask_numpy(rows[block], k)
+
+    if torch.get_num_threads() == 1 or len(blocks) == 1:
+        work(blocks)
+    else:  # numpy releases the GIL, so two threads run side by side
+        other = _pool.submit(work, blocks[1::2])
+        work(blocks[::2])
+        other.result()
+    return mask
+
+
+_pool = ThreadPoolExecutor(1)
+
+
+def topk_mask_numpy(x: np.ndarray, k: int) -> np.ndarray:
+    """`topk_mask` of a numpy array, (rows, n) float32 or float64, in the calling thread."""
+    n, mag = x.shape[1], np.abs(x)
+    # magnitudes order as the integers of the same bits do, and numpy selects integers faster: no NaN to mind
+    part = np.partition(mag.view(f"i{mag.itemsize}"), n - k).view(mag.dtype)
     kth = part[:, n - k : n - k + 1]
-    mask = (mag < kth).logical_not_()  # so that a NaN, which numpy ranks first, is kept and seen
-    tied = (part[:, : n - k].amax(-1) == kth[:, 0]).nonzero()[:, 0]  # rows where the next one is as large
-    if len(tied):
-        mask[tied] = _break_ties(mag[tied], kth[tied], k)
-    return mask.view(x.shape)
+    mask = mag < kth
+    np.logical_not(mask, out=mask)  # so that a NaN, which ranks first, is kept and seen
+    if np.count_nonzero(mask) > k * len(mask):
+        tied = np.flatnonzero(part[:, : n - k].max(1) == kth[:, 0])  # rows where the next one is as large
+        mask[tied] = _break_ties(torch.from_numpy(mag[tied]), torch.from_numpy(kth[tied]), k)
+    return mask
 
 
-_pool = ThreadPoolExecutor(2)
+@torch.library.custom_op("circuits::topk_mask_cpu", mutates_args=())
+def _topk_mask_op(x: Tensor, k: int) -> Tensor:
+    return _topk_mask_cpu(x, k)
 
 
-@_topk_mask_cpu.register_fake
+@_topk_mask_op.register_fake
 def _(x, k):
     return torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 
-class _AbsTopK(torch.autograd.Function):
+class _Keep(torch.autograd.Function):
+    """torch.where(mask, x, 0). It saves one byte an entry, neither input nor output."""
+
     @staticmethod
-    def forward(ctx, x, k):
-        mask = topk_mask(x, k)
-        ctx.save_for_backward(mask)  # one byte an entry; neither input nor output is kept
-        return torch.where(mask, x, 0)
+    def forward(ctx, x, mask):
+        ctx.save_for_backward(mask)
+        if x.device.type != "cpu":
+            return torch.where(mask, x, 0)
+        ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        return mask.to(ints).mul_(x.view(ints)).view(x.dtype)  # exact, in a fifth of the time of where
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.where(ctx.saved_tensors[0], grad, 0), None
+        return _Keep.apply(grad, ctx.saved_tensors[0]), None
 
 
 def abstopk(x: Tensor, k: int) -> Tensor:
@@ -84,7 +113,7 @@ def abstopk(x: Tensor, k: int) -> Tensor:
 
     Exactly k entries are kept, ties to the lower channel; the gradient flows through those alone.
     """
-    return _AbsTopK.apply(x, k)
+    return _Keep.apply(x, topk_mask(x, k))
 
 
 class _SinkAttentionCPU(torch.autograd.Function):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from kernels import abstopk, sink_attention, topk_mask
+from kernels import abstopk, sink_attention, topk_mask, topk_mask_numpy
 
 pytestmark = pytest.mark.usefixtures("seed")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -106,9 +106,49 @@ def test_k_out_of_range_is_a_value_error(f, k):
         f(torch.randn(2, 5), k)
 
 
-def test_a_nan_is_not_hidden():
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(3000, 100), (700, 3, 100), (3, 70_000)], ids=str)
+def test_many_rows_are_the_same_as_each_alone(shape, threads):
+    x = torch.randn(shape)
+    x[len(x) // 2] = 1.0  # ties, in a block that is not the first
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        mask = topk_mask(x, 25)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(mask, torch.stack([topk_mask(row, 25) for row in x]))
+    assert mask[len(x) // 2, ..., :25].all() and (mask.sum(-1) == 25).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numpy_rows_are_masked_as_tensors_are(dtype):
+    for x in (torch.randn(20, 31, dtype=dtype), torch.randint(-2, 3, (20, 31)).to(dtype), torch.randn(31, 20, dtype=dtype).T):
+        for k in (1, 8, 30, 31):
+            assert torch.equal(torch.from_numpy(topk_mask_numpy(x.numpy(), k)), kept(x, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_and_what_is_not_are_exact_to_the_bit(dtype):
+    x = torch.randn(5, 40).to(dtype)
+    x[:, 3], x[:, 9], x[0], x[1, :30] = math.inf, -math.inf, -0.0, math.nan
+    leaf = x.clone().requires_grad_()
+    y = abstopk(leaf, 10)
+    y.backward(x)  # as a gradient: signs, zeros, infinities and NaN again
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    want = torch.where(topk_mask(x, 10), x, 0)  # no -0 and no inf * 0 among what is dropped
+    assert torch.equal(y.detach().view(ints), want.view(ints)) and torch.equal(leaf.grad.view(ints), want.view(ints))
+
+
+def test_gradients_of_gradients_flow():
+    x = torch.randn(3, 9, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: abstopk(x, 4), x) and torch.autograd.gradgradcheck(lambda x: abstopk(x, 4), x)
+
+
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_a_nan_is_not_hidden(nan):
     x = torch.randn(4, 16)
-    x[2, 5] = math.nan
+    x[2, 5] = nan
     assert not abstopk(x, 4).isfinite().all().item()  # else a broken run would train on
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import L0AdamW, clip_rms_, density_at, lr_factor_at, param_groups
+from optim import L0AdamW, clip_rms_, density_at, lr_factor_at, param_groups, project_
 
 pytestmark = pytest.mark.usefixtures("seed")
 SHAPES = [(1,), (7,), (64,), (5, 9), (33, 17), (1, 12), (3, 4, 5), (2, 3, 2, 3)]
@@ -191,6 +191,74 @@ def test_j_can_be_chosen():
     p = torch.randn(20, 20) * torch.logspace(-4, 1, 20).view(-1, 1)
     assert (after_projection(p, 0.5, 0, min_per_neuron=7) != 0).sum(1).min() == 7
     assert torch.equal(after_projection(p, 0.5, 0, min_per_neuron=0), project(p, 0.5))
+
+
+def mask_of(mag, k):
+    """The k largest of each row of `mag` by a full sort; where the k-th is a NaN, which sorts last, all of them."""
+    kth = mag.sort(-1).values[:, -k, None]
+    above, at, mask = mag > kth, mag == kth, ~(mag < kth)
+    lowest = above | (at & (at.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return torch.where((mask.sum(1, keepdim=True) > k) & ~kth.isnan(), lowest, mask)
+
+
+def plainly(p, density, axis, j):
+    """The projection in the fewest words, without a thought for speed, infinities and NaN included."""
+    k, mag = budget(density, p.numel()), p.abs()
+    if k >= p.numel():
+        return p.clone()
+    if axis is not None and (j := min(j, k // p.shape[axis], p.shape[1 - axis])):
+        rows = mag.movedim(axis, 0)
+        mag = mag.masked_fill((mask_of(rows, j) & (rows > 0)).movedim(0, axis), math.inf)
+    return p * mask_of(mag.reshape(1, -1), k).view_as(p)
+
+
+def bits(p):
+    """For comparisons that tell -0 from 0 and take every NaN for the same."""
+    return p.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]).masked_fill(p.isnan(), -1)
+
+
+def some(p, share, value):
+    return p.masked_fill(torch.rand_like(p) < share, value)
+
+
+WEIGHTS = {
+    "normal": lambda p: p,
+    "few values": lambda p: (2 * p).round(),
+    "mostly zero": lambda p: some(p, 0.8, 0.0),
+    "all dead": torch.zeros_like,
+    "dead neurons": lambda p: p * (torch.rand(p.shape[0]) < 0.5).float().view(-1, *[1] * (p.dim() - 1)) * (torch.rand(p.shape[-1]) < 0.5),
+    "scales": lambda p: p * torch.logspace(-4, 1, p.shape[-1]),
+    "infinities": lambda p: some(some(p, 0.1, math.inf), 0.1, -math.inf),
+    "one NaN": lambda p: p.flatten().index_fill(0, torch.randint(p.numel(), (1,)), -math.nan).view_as(p),
+    "many NaN": lambda p: some(p, 0.5, math.nan),
+    "all of these": lambda p: some(some((2 * p).round(), 0.2, math.inf), 0.2, -math.nan),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_projection_equals_the_plain_one_to_the_bit(weights, dtype):
+    for shape in [(2,), (7,), (300,), (1, 9), (9, 1), (5, 9), (33, 17), (12, 70), (3, 4, 5), (2, 3, 2, 3)]:
+        whole = WEIGHTS[weights](torch.randn(shape)).to(dtype)
+        wide = WEIGHTS[weights](torch.randn(*shape[:-1], 3 * shape[-1])).to(dtype)
+        for p in (whole, wide[..., ::3], whole.T if whole.dim() == 2 else whole.flip(0)):
+            for axis in (None, 0, 1) if p.dim() == 2 else (None,):
+                for density in (1e-9, 0.04, 0.2, 0.5, 0.93, 1 - 1 / p.numel()):
+                    for j in (0, 1, 4, 1000) if axis is not None else (4,):
+                        after = torch.empty_strided(p.shape, p.stride(), dtype=dtype).copy_(p)  # as p lies in memory
+                        project_(after, density, axis, j)
+                        assert torch.equal(bits(after), bits(plainly(p, density, axis, j))), (tuple(p.shape), axis, density, j)
+
+
+def test_the_projection_alone_is_the_end_of_a_step():
+    model, twin = tiny(), tiny()
+    twin.load_state_dict(model.state_dict())
+    opt, alone = (L0AdamW(param_groups(m, 0.2), lr=0.0) for m in (model, twin))
+    for o in (opt, alone):
+        o.set_schedule(0.0, lambda target: target)
+    opt.step(), alone.project()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert torch.equal(p, q) and nonzeros(p) == (p.numel() if is_dense(name) else budget(0.2, p.numel())), name
 
 
 def test_a_models_neurons_are_rows_of_in_projections_and_columns_of_out_projections():
