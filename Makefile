@@ -9,7 +9,8 @@ TASK := single_double_quote
 .PHONY: demo test clean
 
 demo: $(OUT)/$(TASK)/circuit.json
-	@echo "== 4/4 draw it"
+	@echo "== 4/4 measure how far to trust it (the two controls, minutes each: $(PY) validate.py --circuit=$<), draw it"
+	@$(PY) validate.py --circuit=$< --controls=false
 	@$(PY) view.py $<
 	@echo "Open the page above in a browser."
 
@@ -29,12 +30,12 @@ $(DATA)/meta.json: | .venv/ready
 
 # state.pt exists long before training is done: --resume goes on where it stopped, and `finished` marks the end
 $(OUT)/finished: $(DATA)/meta.json
-	@echo "== 2/4 train configs/demo.toml (about 10 minutes on 2 cores; Ctrl-C saves, make demo goes on)"
+	@echo "== 2/4 train configs/demo.toml (about 8 minutes on 2 cores; Ctrl-C saves, make demo goes on)"
 	$(PY) train.py --config=configs/demo.toml --out_dir=$(OUT) --resume=true
 	@touch $@
 
 $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
-	@echo "== 3/4 prune to the circuit of $(TASK) (about 2 minutes)"
+	@echo "== 3/4 prune to the circuit of $(TASK) (about 3 minutes)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
 
 clean:

@@ -24,7 +24,7 @@ def die(message: str) -> NoReturn:
 def parse(cls, argv: list[str]):
     """Build the dataclass `cls` from `argv`: `--config=FILE.toml` and `--key=value` overrides.
 
-    The type of a field is the type of its default. `--key` alone sets a bool to true.
+    The type of a field is the type of its default; a tuple holds numbers (`0.5,0.15`). `--key` alone sets a bool to true.
     Exits with status 2, and one line that names the key, on any key or value that does not fit.
     """
     types = {f.name: type(f.default) for f in fields(cls)}
@@ -37,7 +37,7 @@ def parse(cls, argv: list[str]):
         if key == "help":
             print(sys.modules[cls.__module__].__doc__)
             print("Options (and keys of the TOML file), with their defaults:")
-            print("\n".join(f"  --{f.name}={f.default}" for f in fields(cls)))
+            print("\n".join(f"  --{f.name}={','.join(map(str, f.default)) if types[f.name] is tuple else f.default}" for f in fields(cls)))
             raise SystemExit(0)
         if key == "config":
             source = text
@@ -63,16 +63,20 @@ def parse(cls, argv: list[str]):
         want = types[key]
         if want is float and type(value) is int:
             values[key] = float(value)
+        elif want is tuple and (numbers := value if type(value) is list else [value]) and all(type(x) in (int, float) for x in numbers):
+            values[key] = tuple(map(float, numbers))
         elif type(value) is not want:
             die(f"key '{key}' in {where[key]} must be {_NAMES[want]}, not {value!r}")
     return cls(**values)
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a number or several"}
 
 
 def _literal(text: str, want: type):
     """The command line's text as the type that the key wants; the text itself where it is not one."""
+    if want is tuple:
+        return [_literal(part, float) for part in text.split(",")]
     if want is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
@@ -88,7 +92,7 @@ def to_toml(cfg) -> str:
             return str(v).lower()
         if isinstance(v, str):
             return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")  # else TOML's escapes are JSON's
-        return repr(v)
+        return repr(list(v) if isinstance(v, tuple) else v)
     return "".join(f"{f.name} = {show(getattr(cfg, f.name))}\n" for f in fields(cfg))
 
 

@@ -1,33 +1,39 @@
 """Find the smallest circuit of a model that still does a task, and write it to circuit.json.
 
 - Means of every node over pretraining data; nodes outside the circuit are held at their mean.
-- Learned node masks: a gate per node, Heaviside forward, sigmoid slope backward (paper A.5).
-- Discretise: rank the nodes, bisect for the fewest that meet the target loss, drop nodes without a
-  path from the tokens to the logits, fit a scale and a shift of the answer logits; then leave out
-  single nodes for as long as the target is met.
-- Validate on held-out pairs: sufficient (all else ablated) and necessary (only the circuit ablated).
+- Learned node masks: a gate per node, Heaviside forward, sigmoid slope backward (paper A.5); or a
+  ranking by attribution, to compare with (Fig. 31).
+- search.py takes it from there: the fewest leading nodes that meet the target and, with --minimal,
+  no single node or edge more than the target needs.
+- Sufficiency and necessity on held-out pairs; validate.py adds the stricter controls.
 
     python prune.py --model=out/demo --task=single_double_quote
+    python prune.py --model=out/demo --task=all --minimal --jobs=2
+    python prune.py --model=out/demo --target_loss=0.5,0.15,0.05
+
 """
 import difflib
-import hashlib
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import Nodes, ablate, count, drop_unconnected, edges_of, last_logits, margins
+from circuit import (Circuit, Nodes, ablate, calibrate, calibrated, count, drop_unconnected, edges_of, finish, hash_of, last_logits, loss_of,
+                     margins, without_edges)
 from config import die, parse, write_atomic
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
+from search import Search, discretise, minimise
 from tasks import TASKS, Pairs, Task, load_pairs, task_loss
 
 SLACK = 0.9  # the search aims this far below the target on its own pairs, so that held-out pairs meet it too
@@ -41,20 +47,23 @@ class PruneConfig:
     data: str = "data/tinypython"   # for the means: train.bin
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = "cpu"
+    jobs: int = 1                   # with --task=all: processes at a time
     seed: int = 0
-    target_loss: float = 0.15       # nats
+    target_loss: tuple = (0.15,)    # nats; several, such as 0.5,0.15,0.05, give one circuit each
+    method: str = "learned"         # learned | attribution: how nodes are ranked
     ablation: str = "mean"          # mean | zero: what a node outside the circuit is held at
-    trim: bool = True               # after the bisection, leave out single nodes while the target is met
+    minimal: bool = False           # then leave out single nodes and edges until none can go
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
     mean_tokens: int = 65536
     train_pairs: int = 2048         # mask learning draws from these
     fit_pairs: int = 256            # of those, the pairs that discretising and calibrating look at
     heldout_pairs: int = 256
-    # mask learning (the names are paper A.5's; k_coef, lr and steps are set for small models)
+    # mask learning (the names are paper A.5's; their values are set for small models)
     steps: int = 300
-    batch_pairs: int = 32
-    lr: float = 0.01
-    k_coef: float = 0.001           # nats per open gate
+    batch_pairs: int = 16
+    lr: float = 0.02
+    k_coef: float = 0.0003          # nats per open gate, at first
+    k_rate: float = 0.02            # per step it grows by this share while the loss is low, and shrinks where it is high; 0 = fixed, as in the paper
     init_noise_scale: float = 0.01
     init_noise_bias: float = 0.1
     weight_decay: float = 0.001
@@ -64,39 +73,7 @@ class PruneConfig:
     grad_clip: float = 1.0
 
 
-# --- losses, calibration, means --------------------------------------------------------------
-
-def loss_of(margin: Tensor) -> float:
-    """Task loss in nats from `margins`."""
-    return F.softplus(-margin).mean().item()
-
-
-def _sign(margin: Tensor) -> Tensor:
-    """+1 where the first answer is right, -1 where the second is: prompts of a pair alternate."""
-    return 1.0 - 2.0 * (torch.arange(len(margin), device=margin.device) % 2)
-
-
-def calibrated(margin: Tensor, scale: float, shift: float) -> Tensor:
-    """The margins after scaling and shifting (first answer's - second answer's logit)."""
-    return scale * margin + shift * _sign(margin)
-
-
-def calibrate(margin: Tensor, steps: int = 16) -> tuple[float, float]:
-    """The scale and shift that minimise the task loss, by L-BFGS (paper A.5)."""
-    fit = torch.tensor([1.0, 0.0], device=margin.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([fit], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        # where the prompts are separable the best scale is infinite; the small pull keeps it finite
-        loss = F.softplus(-calibrated(margin, fit[0], fit[1])).mean() + 1e-4 * (fit[0] - 1) ** 2
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    scale, shift = fit.detach().tolist()
-    return (scale, shift) if math.isfinite(scale + shift) else (1.0, 0.0)
-
+# --- means ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
@@ -158,7 +135,10 @@ class Gates:
 
 
 def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: PruneConfig, say=print) -> Tensor:
-    """Minimise task loss + k_coef * open gates over tau (paper A.5). Returns tau per node, in [-1, 1].
+    """Minimise task loss + k * open gates over tau (paper A.5). Returns tau per node, in [-1, 1].
+
+    k starts at k_coef and follows the loss (our choice; the paper searches for it per model and task): it
+    rises while the running mean of the loss is below 2/3 of the lowest target, and falls while it is above.
 
     Nodes without a path from tokens to answers are ablated while learning too (our choice): they are
     dropped in the end, and as constants that differ from their mean they would be missed.
@@ -168,7 +148,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
     tau = noise.clamp(-1, 1).to(gates.index.device).requires_grad_()
     optimizer = torch.optim.AdamW([tau], lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     answers = (int(pairs.answer[0]), int(pairs.wrong[0]))
-    clock = time.time()
+    clock, k, aim, mean = time.time(), cfg.k_coef, min(cfg.target_loss) * 2 / 3, 0.0
     for step in range(cfg.steps):
         ramp = min(1.0, (step + 1) / max(1.0, cfg.warmup * cfg.steps))
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp * (1 - step / cfg.steps)
@@ -178,8 +158,13 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
             path = drop_unconnected(model, gates.split(gate > 0), answers)
             astray = gate * ~torch.cat(list(path.values()))
         gate = gate - astray
-        loss = task_loss(last_logits(model, batch, ablate(gates.split(gate), constants)), batch)
-        (loss + cfg.k_coef * gate.sum()).backward()
+        h, nodes = model.embed(batch.ids), ablate(gates.split(gate), constants)
+        for f in model.sublayers[:-1]:
+            h = f(h, nodes)
+        loss = task_loss(finish(model, h, batch, nodes), batch)
+        (loss + k * gate.sum()).backward()
+        mean = 0.9 * mean + 0.1 * loss.item() if step else loss.item()
+        k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / aim)))
         torch.nn.utils.clip_grad_norm_([tau], cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -201,116 +186,69 @@ def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Ten
     return torch.autograd.grad(loss, gate)[0].abs()
 
 
-@dataclass
-class Circuit:
-    """A set of nodes, the calibration of its answer logits, and its loss (nats) on the pairs it was fitted to."""
-    mask: Nodes
-    scale: float
-    shift: float
-    loss: float
-
-
-def fit(model: GPT, mask: Nodes, constants: Nodes, pairs: Pairs) -> Circuit:
-    """Drop the nodes without a path, then calibrate on `pairs`."""
-    mask = drop_unconnected(model, mask, (int(pairs.answer[0]), int(pairs.wrong[0])))
-    margin = margins(model, pairs, ablate(mask, constants))
-    scale, shift = calibrate(margin)
-    return Circuit(mask, scale, shift, loss_of(calibrated(margin, scale, shift)))
-
-
-def discretise(model: GPT, order: Tensor, n_open: int, gates: Gates, constants: Nodes, pairs: Pairs, target: float) -> Circuit:
-    """The fewest leading nodes of `order` that meet `target` once calibrated, by bisection from above.
-
-    It starts from the `n_open` nodes whose gate is open, and from all nodes only where those do not
-    do: the loss is not monotone in the number of nodes, and between the two it can be worse.
-    Calibration is part of the test (the paper fits it afterwards), because the calibrated loss is
-    the one that is reported. ValueError if not even all nodes meet the target.
-    """
-    def leading(k):
-        flat = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        flat[order[:k]] = True
-        return fit(model, gates.split(flat), constants, pairs)
-
-    low, high = 0, n_open
-    best = leading(high)
-    if not best.loss <= target:
-        low, high = n_open, len(order)
-        best = leading(high)
-    if not best.loss <= target:
-        raise ValueError(f"even all nodes reach only {best.loss:.3f} nats, above the target {target:.3f}")
-    while high - low > 1:  # `high` meets the target, always
-        middle = (low + high) // 2
-        trial = leading(middle)
-        if trial.loss <= target:
-            high, best = middle, trial
-        else:
-            low = middle
-    return best
-
-
-def trim(model: GPT, circuit: Circuit, order: Tensor, gates: Gates, constants: Nodes, pairs: Pairs, target: float) -> Circuit:
-    """Leave out one node after the other, the last of `order` first, where the target is still met.
-
-    Passes repeat until one removes nothing. The authors removed such leftovers by hand (paper A.5).
-    """
-    before = math.inf
-    while count(circuit.mask) < before:
-        before = count(circuit.mask)
-        for i in order.flip(0).tolist():
-            flat = torch.cat(list(circuit.mask.values()))
-            if flat[i]:
-                flat[i] = False
-                trial = fit(model, gates.split(flat), constants, pairs)
-                if trial.loss <= target:
-                    circuit = trial
-    return circuit
-
-
 # --- the circuit file ------------------------------------------------------------------------
 
-def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes, say=print) -> dict:
-    """All of the above for one task: the content of circuit.json. ValueError if the model fails the task."""
+def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig, say=print) -> Iterator[Circuit]:
+    """The circuits of one model and task, one per target loss, found on `pairs` alone (paper A.5).
+
+    The nodes are ranked once. Where a target cannot be met, the circuit's loss says so.
+    """
+    gates = Gates(model, cfg.tie_qk)
+    fit_pairs = pairs.take(torch.arange(cfg.fit_pairs, device=pairs.ids.device))
+    effect = attribution(model, fit_pairs, constants, gates)
+    tau = learn_masks(model, pairs, constants, gates, cfg, say) if cfg.method == "learned" else torch.ones_like(effect)
+    order = torch.from_numpy(np.lexsort((-effect.cpu().numpy(), -tau.cpu().numpy()))).to(effect.device)  # ties of tau: by effect
+    for target in cfg.target_loss:
+        search = Search(model, constants, fit_pairs)
+        circuit = discretise(search, order, int((tau > 0).sum()), SLACK * target)
+        say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: loss {circuit.loss:.3f}, target {target}")
+        if cfg.minimal and circuit.loss <= SLACK * target:
+            circuit = replace(minimise(search, circuit, SLACK * target, say), before=circuit.size)
+        yield circuit
+
+
+def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes, say=print) -> Iterator[dict]:
+    """Find, measure and describe: the content of circuit.json for each target loss.
+
+    ValueError if the model fails the task.
+    """
     T, device = model.config.block_size, model.lm_head.weight.device
     train = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed).to(device)
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
-    fit_pairs = train.take(torch.arange(cfg.fit_pairs, device=device))
     unpruned = margins(model, heldout)
-    at_best = loss_of(calibrated(unpruned, *calibrate(margins(model, fit_pairs))))  # as its circuits are
-    if not min(at_best, loss_of(unpruned)) <= cfg.target_loss:  # nor is NaN a solution
-        raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats held out "
-                         f"({at_best:.3f} calibrated), target {cfg.target_loss}; train longer, or raise --target_loss")
-    gates = Gates(model, cfg.tie_qk)
-    tau = learn_masks(model, train, constants, gates, cfg, say)
-    ties = attribution(model, fit_pairs, constants, gates)
-    order = torch.from_numpy(np.lexsort((-ties.cpu().numpy(), -tau.cpu().numpy()))).to(device)
-    target = SLACK * cfg.target_loss
-    circuit = discretise(model, order, int((tau > 0).sum()), gates, constants, fit_pairs, target)
-    say(f"  {count(circuit.mask)} nodes meet the target" + ("; leaving out one after the other" if cfg.trim else ""))
-    if cfg.trim:
-        circuit = trim(model, circuit, order, gates, constants, fit_pairs, target)
-    mask = circuit.mask
-    kept = calibrated(margins(model, heldout, ablate(mask, constants)), circuit.scale, circuit.shift)
-    inverse = margins(model, heldout, ablate({s: ~m for s, m in mask.items()}, constants))
-    edges = edges_of(model, mask)
-    return {
-        "format": "sparse-circuit-1",
-        "model": {"dir": cfg.model, "sha256": hash_of(cfg.model), **{k: getattr(model.config, k) for k in
-                  ("n_layer", "d_model", "n_head", "d_head", "d_mlp")}},
-        "task": task.name, "task_description": task.description, "answers": list(task.answers),
-        "target_loss": cfg.target_loss, "loss": circuit.loss, "loss_heldout": loss_of(kept),
-        "unpruned_loss": loss_of(unpruned), "ablation": cfg.ablation,
-        "logit_scale": circuit.scale, "logit_shift": circuit.shift,
-        "nodes": {s: m.nonzero().flatten().tolist() for s, m in mask.items() if m.any()},
-        "edges": edges, **stream_ends(model, mask, heldout, tokenizer),
-        "means": {s: [round(x, 6) for x in c.tolist()] for s, c in constants.items()},
-        "n_nodes": count(mask), "n_edges": len(edges),
-        "validation": {
-            "sufficiency": loss_of(kept), "sufficiency_accuracy": (kept > 0).float().mean().item(),
-            "necessity": loss_of(inverse), "necessity_accuracy": (inverse > 0).float().mean().item(),
-            "heldout_pairs": len(heldout)},
-        "examples": examples(model, mask, constants, heldout, kept, unpruned, tokenizer),
-        "seed": cfg.seed, "settings": asdict(cfg),
-    }
+    scale, shift = calibrate(margins(model, train.take(torch.arange(cfg.fit_pairs, device=device))))
+    at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))  # as its circuits are
+    for target in cfg.target_loss:
+        if not at_best <= target:  # nor is NaN a solution
+            raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats held out "
+                             f"({at_best:.3f} calibrated), target {target}; train longer, or raise --target_loss")
+    for target, circuit in zip(cfg.target_loss, find(model, train, constants, cfg, say)):
+        if not circuit.loss <= target:
+            raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} training pairs; raise --target_loss")
+        mask, reduced, edges = circuit.mask, without_edges(model, circuit, constants), edges_of(model, circuit.mask, circuit.edges)
+        kept = calibrated(margins(reduced, heldout, ablate(mask, constants)), circuit.scale, circuit.shift)
+        inverse = margins(model, heldout, ablate({s: ~m for s, m in mask.items()}, constants))
+        yield {
+            "format": "sparse-circuit-1",
+            "model": {"dir": cfg.model, "sha256": hash_of(cfg.model), **{k: getattr(model.config, k) for k in
+                      ("n_layer", "d_model", "n_head", "d_head", "d_mlp")}},
+            "task": task.name, "task_description": task.description, "answers": list(task.answers),
+            "target_loss": target, "loss": circuit.loss, "loss_heldout": loss_of(kept),
+            "unpruned_loss": loss_of(unpruned), "ablation": cfg.ablation,
+            "logit_scale": circuit.scale, "logit_shift": circuit.shift,
+            "nodes": {s: m.nonzero().flatten().tolist() for s, m in mask.items() if m.any()},
+            "edges": edges, **stream_ends(model, mask, heldout, tokenizer),
+            "means": {s: [round(x, 6) for x in c.tolist()] for s, c in constants.items()},
+            "n_nodes": count(mask), "n_edges": len(edges),
+            "validation": {
+                "sufficiency": loss_of(kept), "sufficiency_accuracy": (kept > 0).float().mean().item(),
+                "necessity": loss_of(inverse), "necessity_accuracy": (inverse > 0).float().mean().item(),
+                "heldout_pairs": len(heldout),
+                "minimal": {"certified": True, "training_pairs": cfg.fit_pairs, "target": SLACK * target,
+                            "nodes_before": circuit.before[0], "edges_before": circuit.before[1]} if circuit.before else {"certified": False}},
+            "examples": examples(reduced, mask, constants, heldout, kept, unpruned, tokenizer),
+            "seed": cfg.seed, "settings": asdict(cfg),
+        }
 
 
 def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, tokenizer) -> dict:
@@ -360,11 +298,6 @@ def examples(model: GPT, mask: Nodes, constants: Nodes, pairs: Pairs, kept: Tens
     return out
 
 
-def hash_of(directory: str) -> str:
-    with open(os.path.join(directory, "final_model.pt"), "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # --- the command -----------------------------------------------------------------------------
 
 def check(cfg: PruneConfig) -> None:
@@ -373,52 +306,93 @@ def check(cfg: PruneConfig) -> None:
         die(f"unknown task '{cfg.task}'; the nearest is '{near}', and --task=all runs all of: {', '.join(TASKS)}")
     if cfg.device not in ("cpu", "cuda") or cfg.device == "cuda" and not torch.cuda.is_available():
         die(f"device must be cpu, or cuda where PyTorch sees one, not '{cfg.device}'")
-    if cfg.ablation not in ("mean", "zero"):
-        die(f"ablation must be mean or zero, not '{cfg.ablation}'")
-    for name in ("mean_tokens", "train_pairs", "fit_pairs", "heldout_pairs", "steps", "batch_pairs"):
+    for name, allowed in (("ablation", ("mean", "zero")), ("method", ("learned", "attribution"))):
+        if getattr(cfg, name) not in allowed:
+            die(f"{name} must be {' or '.join(allowed)}, not '{getattr(cfg, name)}'")
+    for name in ("mean_tokens", "train_pairs", "fit_pairs", "heldout_pairs", "steps", "batch_pairs", "jobs"):
         if getattr(cfg, name) < 1:
             die(f"{name} must be at least 1, not {getattr(cfg, name)}")
     if cfg.fit_pairs > cfg.train_pairs:
         die(f"fit_pairs {cfg.fit_pairs} exceeds train_pairs {cfg.train_pairs}")
-    for name in ("target_loss", "lr", "heaviside_temp", "grad_clip"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            die(f"{name} must be a positive number, not {getattr(cfg, name)}")
+    for name, value in (*(("target_loss", t) for t in cfg.target_loss), *((n, getattr(cfg, n)) for n in ("lr", "heaviside_temp", "grad_clip"))):
+        if not (type(value) in (int, float) and 0 < value < math.inf):
+            die(f"{name} must be a positive number, not {value}")
+
+
+def path_of(cfg: PruneConfig, task: str, target: float) -> str:
+    folder = os.path.join(cfg.out_dir or cfg.model, task)
+    return os.path.join(folder, *([f"target_{target:g}"] if len(cfg.target_loss) > 1 else []), "circuit.json")
+
+
+def finished(cfg: PruneConfig, task: str) -> list[dict] | None:
+    """The circuits of a task that an earlier run with the same settings and weights has left."""
+    try:
+        found = [json.load(open(path_of(cfg, task, target))) for target in cfg.target_loss]
+        settings = json.loads(json.dumps({**asdict(cfg), "task": task}))
+        same = all({**c["settings"], "jobs": cfg.jobs} == settings and c["model"]["sha256"] == hash_of(cfg.model) for c in found)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if same else None
+
+
+def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> list[dict]:
+    """Load, prune, write the files of one task. ValueError or OSError, in one line, where that cannot be done."""
+    model = GPT.load(cfg.model, cfg.device).requires_grad_(False)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{cfg.tokenizer} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    say(f"pruning {cfg.model} to the circuit of {task}; means over {cfg.mean_tokens} pretraining tokens")
+    constants = node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
+    if cfg.ablation == "zero":
+        constants = {site: torch.zeros_like(c) for site, c in constants.items()}
+    circuits = []
+    for circuit in prune(model, TASKS[task], tokenizer, replace(cfg, task=task), constants, say):
+        path = path_of(cfg, task, circuit["target_loss"])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_atomic(path, lambda f: f.write(json.dumps(circuit).encode()))
+        say(f"{task}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges\n"
+            f"  loss held out {circuit['loss_heldout']:.3f} nats (target {circuit['target_loss']}, unpruned model {circuit['unpruned_loss']:.3f})\n"
+            f"  necessity: with only the circuit ablated, loss {circuit['validation']['necessity']:.2f}\n"
+            f"  {path}")
+        circuits.append(circuit)
+    return circuits
+
+
+def _one_of_many(cfg: PruneConfig, task: str) -> list[dict] | str:
+    """What a worker process does: one thread, each line under its task's name, the reason instead of an exception."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cfg.jobs))
+    try:
+        return finished(cfg, task) or prune_task(cfg, task, lambda text: print(f"[{task}] {text.strip()}", flush=True))
+    except (ValueError, OSError) as e:
+        return str(e)
+
+
+def prune_all(cfg: PruneConfig) -> None:
+    """Every task, `jobs` at a time; then one table and the geometric mean of the edges (paper 2.2)."""
+    with ProcessPoolExecutor(cfg.jobs, get_context("spawn")) as pool:
+        results = dict(zip(TASKS, pool.map(partial(_one_of_many, cfg), TASKS)))
+    for task, reason in results.items():
+        if isinstance(reason, str):
+            print(f"{task}: no circuit: {reason}")
+    for i, target in enumerate(cfg.target_loss):
+        rows = {task: circuits[i] for task, circuits in results.items() if not isinstance(circuits, str)}
+        print(f"\n| task (target {target} nats) | unpruned | circuit, held out | nodes | edges | necessity |\n|---|---|---|---|---|---|")
+        for task, c in rows.items():
+            print(f"| {task} | {c['unpruned_loss']:.3f} | {c['loss_heldout']:.3f} | {c['n_nodes']} | {c['n_edges']} | {c['validation']['necessity']:.2f} |")
+        if rows:
+            mean = math.exp(sum(math.log(max(1, c["n_edges"])) for c in rows.values()) / len(rows))
+            print(f"geometric mean of edges: {mean:.1f} over {len(rows)} of {len(TASKS)} tasks")
+    if all(isinstance(r, str) for r in results.values()):
+        die("no task has a circuit (reasons above)")
 
 
 def main(argv: list[str]) -> int:
     cfg = parse(PruneConfig, argv)
     check(cfg)
     try:
-        model = GPT.load(cfg.model, cfg.device).requires_grad_(False)
-        tokenizer = load_tokenizer(cfg.tokenizer)
-        if tokenizer.n_vocab != model.config.vocab_size:
-            raise ValueError(f"{cfg.tokenizer} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
-        print(f"means over {cfg.mean_tokens} pretraining tokens", flush=True)
-        constants = node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
+        prune_all(cfg) if cfg.task == "all" else prune_task(cfg, cfg.task)
     except (ValueError, OSError) as e:
         die(str(e))
-    if cfg.ablation == "zero":
-        constants = {site: torch.zeros_like(c) for site, c in constants.items()}
-    failed = []
-    for task in [TASKS[cfg.task]] if cfg.task != "all" else TASKS.values():
-        folder = os.path.join(cfg.out_dir or cfg.model, task.name)
-        print(f"pruning {cfg.model} to the circuit of {task.name}", flush=True)
-        try:
-            circuit = prune(model, task, tokenizer, cfg, constants, partial(print, flush=True))
-            os.makedirs(folder, exist_ok=True)
-            write_atomic(os.path.join(folder, "circuit.json"), lambda f: f.write(json.dumps(circuit).encode()))
-        except (ValueError, OSError) as e:
-            if cfg.task != "all":
-                die(str(e))
-            print(f"{e}")
-            failed.append(task.name)
-            continue
-        print(f"{task.name}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges\n"
-              f"  loss held out {circuit['loss_heldout']:.3f} nats (target {cfg.target_loss}, unpruned model {circuit['unpruned_loss']:.3f})\n"
-              f"  necessity: with only the circuit ablated, loss {circuit['validation']['necessity']:.2f}\n"
-              f"  {folder}/circuit.json", flush=True)
-    if failed:
-        die(f"no circuit for {', '.join(failed)} (reasons above)")
     return 0
 
 

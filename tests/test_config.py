@@ -18,10 +18,15 @@ class Toy:
     out_dir: str = "out"
 
 
-def refused(capsys, argv: list[str]) -> str:
+@dataclass
+class Several:
+    target: tuple = (0.15,)
+
+
+def refused(capsys, argv: list[str], cls=Toy) -> str:
     """The one line on stderr with which parse ends the program."""
     with pytest.raises(SystemExit) as stop:
-        parse(Toy, argv)
+        parse(cls, argv)
     text = capsys.readouterr()
     assert stop.value.code == 2
     assert text.err.count("\n") == 1 and text.err.strip() and not text.out
@@ -155,6 +160,54 @@ def test_die_prints_one_line_on_stderr_and_exits_2(capsys):
     text = capsys.readouterr()
     assert stop.value.code == 2 and not text.out
     assert text.err.count("\n") == 1 and "no such thing" in text.err
+
+
+# --- fields of several numbers --------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, want", [("0.5,0.15", (0.5, 0.15)), ("0.5", (0.5,)), ("1,2,3e-1", (1.0, 2.0, 0.3)), ("-1", (-1.0,))])
+def test_numbers_with_commas_on_the_command_line_become_a_tuple_of_floats(text, want):
+    got = parse(Several, [f"--target={text}"]).target
+    assert got == want and type(got) is tuple and all(type(x) is float for x in got)
+
+
+@pytest.mark.parametrize("text, want", [("0.5", (0.5,)), ("2", (2.0,)), ("[0.5, 0.15]", (0.5, 0.15)), ("[1, 0.5]", (1.0, 0.5)), ("[\n  0.5,\n]", (0.5,))])
+def test_a_number_or_a_list_in_the_file_becomes_a_tuple_of_floats(tmp_path, text, want):
+    got = parse(Several, [f"--config={toml(tmp_path, f'target = {text}')}"]).target
+    assert got == want and type(got) is tuple and all(type(x) is float for x in got)
+
+
+def test_several_numbers_of_the_command_line_replace_those_of_the_file(tmp_path):
+    assert parse(Several, [f"--config={toml(tmp_path, 'target = [1, 2, 3]')}", "--target=0.5"]).target == (0.5,)
+    assert parse(Several, []).target == (0.15,)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0.5,", ",0.5", "0.5,,1", "0.5 0.1", "0.5;0.1", "[0.5]", "true"])
+def test_what_is_no_row_of_numbers_is_refused_on_the_command_line(capsys, text):
+    error = refused(capsys, [f"--target={text}"], Several)
+    assert "'target' in the command line must be a number or several" in error
+
+
+@pytest.mark.parametrize("text", ["[]", '"0.5"', '["0.5"]', "true", "[true]", "[0.5, [1]]", "2024-01-01", '{ a = 1 }'])
+def test_what_is_no_row_of_numbers_is_refused_in_the_file(tmp_path, capsys, text):
+    path = toml(tmp_path, f"target = {text}\n")
+    error = refused(capsys, [f"--config={path}"], Several)
+    assert "'target'" in error and path in error
+
+
+def test_several_numbers_without_a_value_are_refused(capsys):
+    assert "'target'" in refused(capsys, ["--target"], Several)
+
+
+@pytest.mark.parametrize("numbers", [(0.15,), (0.5, 0.15, 0.05), (1e-05, 1e22, -0.0), (0.1 + 0.2,), (float("inf"), -1.0)], ids=repr)
+def test_toml_of_several_numbers_reads_back_as_the_same(tmp_path, numbers):
+    back = parse(Several, [f"--config={toml(tmp_path, to_toml(Several(numbers)))}"])
+    assert repr(back) == repr(Several(numbers))
+
+
+def test_help_shows_several_numbers_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        parse(Several, ["--help"])
+    assert "--target=0.15\n" in capsys.readouterr().out
 
 
 # --- to_toml -------------------------------------------------------------------------------------

@@ -1,149 +1,30 @@
 """prune.py: a hand-made circuit is found exactly, and the file alone reproduces every number that it states."""
 import hashlib
-import itertools
 import json
 import math
-import random
+import re
 from collections import defaultdict
+from concurrent.futures import Executor, Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import prune
-from circuit import ablate, count, drop_unconnected, edges_of, last_logits, margins
-from data.tinypython.tokenizer import DEFAULT
+from circuit import ablate, all_edges, drop_unconnected, edges_of, margins
+from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig
-from prune import (Gates, PruneConfig, attribution, calibrate, calibrated, discretise, fit, learn_masks, loss_of, node_means,
-                   trim)
-from tasks import Task, load_pairs, task_loss
+from prune import SLACK, Gates, attribution, learn_masks, node_means
+from tasks import TASKS, Task, task_loss
+from toy import (CIRCUIT, SHAPE, TOY, TOY_EDGES, Digits, all_nodes, as_mask, best_fit, hand_made, kept_of, nats, one_thread,  # noqa: F401
+                 parallel_model, plain_margins, random_model, scaled, toy_circuit, toy_circuits, toy_pairs, toy_prompts,
+                 toy_setup)
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
-SHAPE = dict(block_size=8, vocab_size=10, n_layer=1, n_head=2, d_head=3, d_model=6, d_mlp=7, rms_norm=True, bias=False,
-             tied_unembed=False, grad_checkpointing=False)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def random_model(std=0.5, keep=1.0, **options) -> GPT:
-    model = GPT(GPTConfig(**{**SHAPE, "sink": True, **options})).eval().requires_grad_(False)
-    for name, p in model.named_parameters():
-        p.normal_(std=std).mul_(torch.rand_like(p) < (1 if "ln_" in name else keep))
-    return model
-
-
-# --- the toy task: digits are tokens; the first is 0 or 1, the answer is 2 or 3, the rest is noise, the last is 9 --
-
-class Digits:
-    n_vocab = 10
-
-    def encode_ordinary(self, text):
-        return [int(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(str, ids))
-
-
-def toy_prompts(r):
-    rest = "".join(r.choice("45678") for _ in range(r.randint(3, 6))) + "9"
-    return "0" + rest, "1" + rest
-
-
-TOY = Task("toy", "say which of 0 and 1 came first", ("2", "3"), toy_prompts)
-CIRCUIT = {"0.attn.act_in": [0], "0.attn.v": [1], "0.attn.resid_delta": [3]}
-TOY_EDGES = [["0.attn.act_in", 0, "0.attn.v", 1, 2.0], ["0.attn.v", 1, "0.attn.resid_delta", 3, 2.0]]
-
-
-def hand_made() -> GPT:
-    """Uniform attention copies channel 0 (+: token 0, -: token 1) to channel 3 (+: answer 2, -: answer 3).
-
-    Tokens 4 and 5 disturb channel 0. Beside it: a live path that means nothing for the task (channel 1 to 1, with
-    a bias toward one answer), an MLP that nothing reads, and a lit channel 2 that keeps the norm from dividing by 0.
-    """
-    model = random_model(std=0.0, sink=False)
-    wte, head, block = model.transformer.wte.weight, model.lm_head.weight, model.transformer.h[0]
-    for norm in (block.ln_1, block.ln_2, model.transformer.ln_f):
-        norm.weight.fill_(1.0)
-    wte[:, 2] = 1.0
-    wte[0, 0], wte[1, 0], wte[4, 0], wte[5, 0] = 2.0, -2.0, 0.5, -0.5
-    wte[4:9, 1] = torch.tensor([0.5, 0.5, 1.0, 1.5, 0.2])
-    attn_in, attn_out = block.attn.c_attn.weight, block.attn.c_proj.weight
-    attn_in[12 + 1, 0], attn_out[3, 1] = 2.0, 2.0
-    attn_in[12 + 0, 1], attn_out[1, 0] = 0.5, 0.5
-    block.mlp.c_fc.weight[0, 0], block.mlp.c_proj.weight[5, 0] = 1.0, 1.0
-    head[2, 3], head[3, 3], head[2, 1], head[2, 2] = 0.8, -0.8, 0.5, 0.4
-    return model
-
-
-def toy_setup(tmp_path, model=None, **options):
-    """A saved model, its means over random tokens, and a config that prunes it within a second."""
-    model = model or hand_made()
-    model.save(str(tmp_path))
-    np.random.default_rng(0).integers(0, 10, 4000).astype("<u2").tofile(tmp_path / "train.bin")
-    constants = node_means(model, str(tmp_path / "train.bin"), 2048, 0)
-    cfg = PruneConfig(**{**dict(model=str(tmp_path), task="toy", target_loss=0.4, train_pairs=256, fit_pairs=24, heldout_pairs=100,
-                                steps=150, batch_pairs=16, lr=0.03, k_coef=0.01), **options})
-    return model, cfg, constants
-
-
-def toy_circuit(tmp_path, **options):
-    model, cfg, constants = toy_setup(tmp_path, **options)
-    return model, cfg, json.loads(json.dumps(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None)))
-
-
-def toy_pairs(n=64, split="train"):
-    return load_pairs(TOY, Digits(), n, split, 8)
-
-
-def all_nodes(model, value=True):
-    return {s: torch.full((model.config.site_width(s),), value) for s in model.sites}
-
-
-def as_mask(model, nodes):
-    mask = all_nodes(model, False)
-    for site, channels in nodes.items():
-        mask[site][channels] = True
-    return mask
-
-
-def kept_of(mask):
-    return {s: m.nonzero().flatten().tolist() for s, m in mask.items() if m.any()}
-
-
-# --- ablation, means, logits --------------------------------------------------------------------
-
-def test_gate_one_keeps_a_node_and_gate_zero_gives_its_constant():
-    x, c = torch.randn(2, 3, 5), {"s": torch.randn(5)}
-    fn = ablate({"s": torch.tensor([1.0, 0.0, 1.0, 0.0, 0.25])}, c)
-    y = fn("s", x)
-    torch.testing.assert_close(y[..., [0, 2]], x[..., [0, 2]], rtol=0, atol=1e-6)
-    assert torch.equal(y[..., [1, 3]], c["s"][[1, 3]].expand(2, 3, 2))
-    torch.testing.assert_close(y[..., 4], 0.25 * x[..., 4] + 0.75 * c["s"][4])
-    assert fn("elsewhere", x) is x
-
-
-def test_all_gates_open_is_the_model_itself():
-    model = random_model()
-    idx, constants = torch.randint(0, 10, (3, 8)), {s: torch.randn(len(m)) for s, m in all_nodes(model).items()}
-    torch.testing.assert_close(model(idx, nodes=ablate(all_nodes(model), constants))[0], model(idx)[0])
-
-
-def test_all_gates_closed_leaves_logits_that_know_only_the_last_token():
-    model = random_model(enable_bigram_table=True, n_layer=2)
-    constants = {s: torch.randn(len(m)) for s, m in all_nodes(model).items()}
-    idx = torch.randint(0, 10, (4, 8))
-    idx[:, -1] = 5
-    logits = model(idx, nodes=ablate(all_nodes(model, False), constants))[0][:, -1]
-    torch.testing.assert_close(logits, logits[:1].expand(4, -1))
-    assert not torch.allclose(model(idx)[0][0, -1], model(idx)[0][1, -1])
-
+# --- means ----------------------------------------------------------------------------------------
 
 def test_node_means_are_the_means_over_all_windows_of_the_file(tmp_path):
     model = random_model(n_layer=2, afrac=0.5, afrac_loctypes="attn_in,attn_q,mlp_in,mlp_neuron,mlp_out")
@@ -166,153 +47,6 @@ def test_node_means_refuse_a_file_shorter_than_a_block(tmp_path):
     np.arange(7).astype("<u2").tofile(tmp_path / "short.bin")
     with pytest.raises(ValueError, match="short.bin"):
         node_means(random_model(), str(tmp_path / "short.bin"), 800, 0)
-
-
-def test_last_logits_are_the_models_at_the_last_token_whatever_the_padding():
-    model, pairs = random_model(n_layer=2, enable_bigram_table=True), toy_pairs(20)
-    assert len(set(pairs.last.tolist())) > 1
-    got = last_logits(model, pairs)
-    for row, last, logits in zip(pairs.ids, pairs.last.tolist(), got):
-        torch.testing.assert_close(logits, model(row[None, : last + 1])[0][0, -1], rtol=1e-4, atol=1e-5)
-    right_minus_wrong = (got.gather(1, pairs.answer[:, None]) - got.gather(1, pairs.wrong[:, None])).flatten()
-    torch.testing.assert_close(margins(model, pairs, batch=7), right_minus_wrong, rtol=1e-4, atol=1e-5)
-    assert loss_of(right_minus_wrong) == pytest.approx(task_loss(got, pairs).item(), rel=1e-5)
-
-
-# --- calibration ----------------------------------------------------------------------------------
-
-def test_calibration_recovers_a_known_scale_and_shift():
-    true = torch.randn(40000) * 2  # log odds of the first answer
-    first_is_right = torch.rand(40000) < true.sigmoid()
-    sign = torch.where(first_is_right, 1.0, -1.0)
-    order = torch.stack([first_is_right.nonzero().flatten()[:15000], (~first_is_right).nonzero().flatten()[:15000]], 1).flatten()
-    scale, shift = calibrate(((true - 0.8) / 2.5 * sign)[order])  # rows alternate: first right, second right
-    assert scale == pytest.approx(2.5, rel=0.05) and shift == pytest.approx(0.8, abs=0.05)
-
-
-def test_calibration_never_worsens_the_loss_and_stays_finite():
-    cases = [torch.randn(40) * s + m for s in (0.01, 1.0, 30.0) for m in (-1.0, 0.0, 2.0)]
-    for margin in [*cases, torch.ones(40), torch.full((40,), 1e-6), torch.zeros(40), torch.full((40,), 500.0)]:
-        scale, shift = calibrate(margin)
-        assert math.isfinite(scale) and math.isfinite(shift)
-        assert loss_of(calibrated(margin, scale, shift)) <= loss_of(margin) + 1e-6
-
-
-def test_a_shift_moves_the_two_prompts_of_a_pair_apart():
-    assert calibrated(torch.tensor([1.0, 2.0, 3.0, 4.0]), 2.0, 0.5).tolist() == [2.5, 3.5, 6.5, 7.5]
-
-
-# --- the graph ------------------------------------------------------------------------------------
-
-def search(model, mask, answers):
-    """Nodes on a path from the tokens to the answers, by plain graph search over named vertices."""
-    c, forward = model.config, defaultdict(set)
-    link = lambda a, b: forward[a].add(b)
-    stream = [f"{i}.{p}" for i in range(c.n_layer) for p in ("attn", "mlp")]
-    on = lambda site, i: bool(mask[site][i])
-    wte, head = model.transformer.wte.weight, model.lm_head.weight
-    for ch in range(c.d_model):
-        writers = [("tokens",)] if bool((wte[:, ch] != 0).any()) else []
-        for sub in stream:
-            if on(f"{sub}.act_in", ch):
-                [link(w, (f"{sub}.act_in", ch)) for w in writers]
-            if on(f"{sub}.resid_delta", ch):
-                writers.append((f"{sub}.resid_delta", ch))
-        if any(head[a, ch] != 0 for a in answers):
-            [link(w, ("logits",)) for w in writers]
-    for l, block in enumerate(model.transformer.h):
-        width = c.n_head * c.d_head
-        maps = [(f"attn.{z}", "attn.act_in", block.attn.c_attn.weight[i * width : (i + 1) * width]) for i, z in enumerate("qkv")]
-        maps += [("attn.resid_delta", "attn.v", block.attn.c_proj.weight), ("mlp.post_act", "mlp.act_in", block.mlp.c_fc.weight),
-                 ("mlp.resid_delta", "mlp.post_act", block.mlp.c_proj.weight)]
-        for to, start, w in maps:
-            for i, j in (w != 0).nonzero().tolist():
-                if on(f"{l}.{start}", j) and on(f"{l}.{to}", i):
-                    link((f"{l}.{start}", j), (f"{l}.{to}", i))
-        for z in "qk":
-            for i in range(width):
-                for j in range(width):
-                    if i // c.d_head == j // c.d_head and on(f"{l}.attn.{z}", i) and on(f"{l}.attn.v", j):
-                        link((f"{l}.attn.{z}", i), (f"{l}.attn.v", j))
-
-    def closure(start, edges):
-        seen, todo = {start}, [start]
-        while todo:
-            new = edges[todo.pop()] - seen
-            seen |= new
-            todo += new
-        return seen
-
-    backward = defaultdict(set)
-    for a, bs in list(forward.items()):
-        for b in bs:
-            backward[b].add(a)
-    both = closure(("tokens",), forward) & closure(("logits",), backward)
-    return {n for n in both if len(n) == 2}
-
-
-@pytest.mark.parametrize("case", range(25))
-def test_kept_nodes_are_those_on_a_path_from_tokens_to_answers(case):
-    model = random_model(keep=random.Random(case).choice([0.05, 0.1, 0.2, 0.4]), n_layer=2)
-    model.transformer.wpe.weight.zero_()
-    mask = {s: torch.rand(len(m)) < 0.7 for s, m in all_nodes(model).items()}
-    model.transformer.wte.weight[:, 0] = 1.0
-    for l, block in enumerate(model.transformer.h):  # every value has a way in of its own; the next test is about the others
-        block.attn.c_attn.weight[12:, 0], mask[f"{l}.attn.act_in"][0] = 1.0, True
-    got = drop_unconnected(model, mask, (2, 3))
-    assert {(s, i) for s, channels in kept_of(got).items() for i in channels} == search(model, mask, (2, 3))
-    assert list(got) == model.sites and all(m.dtype == torch.bool for m in got.values())
-
-
-def test_a_constant_value_that_a_key_steers_is_on_a_path():
-    """With a sink, the attention alone can carry what the tokens say (bracket counting ends in such a head)."""
-    model = hand_made()
-    model.transformer.h[0].attn.c_attn.weight.zero_()[6 + 1, 0] = 1.0  # key 1 is all that reads the stream
-    nodes = {"0.attn.act_in": [0], "0.attn.k": [1], "0.attn.v": [1], "0.attn.resid_delta": [3]}
-    mask = as_mask(model, nodes)
-    assert {(s, i) for s, channels in nodes.items() for i in channels} == search(model, mask, (2, 3))
-    assert kept_of(drop_unconnected(model, mask, (2, 3))) == nodes
-
-
-def test_a_node_without_a_way_in_or_a_way_out_is_dropped():
-    model = hand_made()
-    assert kept_of(drop_unconnected(model, as_mask(model, CIRCUIT), (2, 3))) == CIRCUIT
-    extra = {**CIRCUIT, "0.mlp.post_act": [0], "0.mlp.act_in": [0], "0.mlp.resid_delta": [1], "0.attn.q": [1], "0.attn.k": [4]}
-    assert kept_of(drop_unconnected(model, as_mask(model, extra), (2, 3))) == CIRCUIT  # resid_delta 1 has no way in, the rest none out
-    for site in CIRCUIT:
-        assert kept_of(drop_unconnected(model, as_mask(model, {s: c for s, c in CIRCUIT.items() if s != site}), (2, 3))) == {}
-    assert kept_of(drop_unconnected(model, as_mask(model, CIRCUIT), (6, 7))) == {}  # these answers read no channel
-
-
-def test_a_query_with_inputs_belongs_to_the_circuit_of_its_heads_values_only():
-    model = hand_made()
-    w = model.transformer.h[0].attn.c_attn.weight
-    w[2, 0] = w[5, 0] = w[6 + 2, 0] = 1.0  # query 2 and key 2 of the first head, query 5 of the second
-    mask = as_mask(model, {**CIRCUIT, "0.attn.q": [2, 5], "0.attn.k": [1, 2]})
-    assert kept_of(drop_unconnected(model, mask, (2, 3))) == {**CIRCUIT, "0.attn.q": [2], "0.attn.k": [2]}
-
-
-def test_edges_are_the_nonzero_weights_between_kept_nodes():
-    model = random_model(keep=0.3, n_layer=2)
-    mask, want = {s: torch.rand(len(m)) < 0.6 for s, m in all_nodes(model).items()}, {}
-    for l, block in enumerate(model.transformer.h):
-        for a, b, w in [("attn.act_in", "attn.q", block.attn.c_attn.weight[:6]), ("attn.act_in", "attn.k", block.attn.c_attn.weight[6:12]),
-                        ("attn.act_in", "attn.v", block.attn.c_attn.weight[12:]), ("attn.v", "attn.resid_delta", block.attn.c_proj.weight),
-                        ("mlp.act_in", "mlp.post_act", block.mlp.c_fc.weight), ("mlp.post_act", "mlp.resid_delta", block.mlp.c_proj.weight)]:
-            for i in range(w.shape[0]):
-                for j in range(w.shape[1]):
-                    if w[i, j] != 0 and mask[f"{l}.{a}"][j] and mask[f"{l}.{b}"][i]:
-                        want[(f"{l}.{a}", j, f"{l}.{b}", i)] = w[i, j].item()
-    got = {tuple(e[:4]): e[4] for e in edges_of(model, mask)}
-    assert len(got) == len(edges_of(model, mask)) and got == pytest.approx(want, abs=1e-5)
-
-
-def test_the_smallest_mlp_circuit_is_three_nodes_and_two_edges():
-    model = hand_made()
-    model.lm_head.weight[2, 5] = 1.0
-    mask = drop_unconnected(model, as_mask(model, {"0.mlp.act_in": [0], "0.mlp.post_act": [0], "0.mlp.resid_delta": [5]}), (2, 3))
-    assert count(mask) == 3
-    assert edges_of(model, mask) == [["0.mlp.act_in", 0, "0.mlp.post_act", 0, 1.0], ["0.mlp.post_act", 0, "0.mlp.resid_delta", 5, 1.0]]
 
 
 # --- gates and mask learning ----------------------------------------------------------------------
@@ -363,64 +97,13 @@ def test_attribution_is_the_first_order_effect_of_closing_each_gate(tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
-# --- discretise -----------------------------------------------------------------------------------
-
-def parallel_model():
-    """Four channels carry the deciding token, each disturbed by another token: the more are averaged, the lower the loss."""
-    model = random_model(std=0.0, sink=False)
-    wte, head, block = model.transformer.wte.weight, model.lm_head.weight, model.transformer.h[0]
-    for norm in (block.ln_1, block.ln_2, model.transformer.ln_f):
-        norm.weight.fill_(1.0)
-    wte[:, 4], wte[0, :4], wte[1, :4] = 1.0, 1.0, -1.0
-    for i in range(4):
-        wte[4 + i, i] = (-1) ** i * 1.2
-        block.attn.c_attn.weight[12 + i, i], block.attn.c_proj.weight[5, i] = 1.0, 1.0
-    head[2, 5], head[3, 5] = 1.0, -1.0
-    return model
-
-
-def test_discretising_keeps_exactly_the_fewest_leading_nodes_that_meet_the_target(tmp_path):
-    model, cfg, constants = toy_setup(tmp_path, parallel_model())
-    gates, pairs = Gates(model, False), toy_pairs()
-    leading = [("0.attn.resid_delta", 5), *((site, i) for i in range(4) for site in ("0.attn.act_in", "0.attn.v"))]
-    sites = [(s, i) for s, m in all_nodes(model).items() for i in range(len(m))]
-    order = torch.tensor([sites.index(n) for n in leading] + [i for i, n in enumerate(sites) if n not in leading])
-    losses = []
-    for n in (1, 2, 3, 4):  # channels
-        margin = margins(model, pairs, ablate(as_mask(model, {s: [i for t, i in leading[: 1 + 2 * n] if t == s] for s, _ in leading}), constants))
-        losses.append(loss_of(calibrated(margin, *calibrate(margin))))
-    assert losses == sorted(losses, reverse=True) and losses[0] > losses[3] + 0.05
-    for n_open, (n, loss) in itertools.product((9, len(order)), enumerate(losses, 1)):
-        got = discretise(model, order, n_open, gates, constants, pairs, loss + 1e-4)
-        assert got.loss == pytest.approx(loss, abs=1e-5)
-        assert kept_of(got.mask) == {"0.attn.act_in": list(range(n)), "0.attn.v": list(range(n)), "0.attn.resid_delta": [5]}
-    with pytest.raises(ValueError, match="even all nodes"):
-        discretise(model, order, 9, gates, constants, pairs, losses[3] / 2)
-
+# --- the whole: prune() and its file -----------------------------------------------------------------
 
 def test_ties_of_tau_are_broken_so_that_the_circuit_is_as_small_as_without_them(tmp_path, monkeypatch):
     monkeypatch.setattr(prune, "learn_masks", lambda model, pairs, constants, gates, *_: torch.ones(len(gates.index)))
-    _, _, circuit = toy_circuit(tmp_path, trim=False)
+    _, _, circuit = toy_circuit(tmp_path)
     assert circuit["nodes"] == CIRCUIT
 
-
-def test_trimming_leaves_no_single_node_that_could_be_left_out(tmp_path):
-    model, _, constants = toy_setup(tmp_path, parallel_model())
-    gates, pairs, order = Gates(model, False), toy_pairs(), torch.arange(sum(len(m) for m in all_nodes(model).values()))
-    everything = fit(model, all_nodes(model), constants, pairs)
-    target = 1.5 * everything.loss
-    got = trim(model, everything, order, gates, constants, pairs, target)
-    assert 0 < count(got.mask) < count(everything.mask) and got.loss <= target
-    margin = margins(model, pairs, ablate(got.mask, constants))
-    assert nats(scaled(margin.double(), got.scale, got.shift)) == pytest.approx(got.loss, abs=1e-5)
-    for site, channels in kept_of(got.mask).items():
-        for c in channels:
-            without = {s: m.clone() for s, m in got.mask.items()}
-            without[site][c] = False
-            assert fit(model, without, constants, pairs).loss > target
-
-
-# --- the whole: prune() and its file -----------------------------------------------------------------
 
 def test_the_hand_made_circuit_is_found_exactly(tmp_path):
     _, _, circuit = toy_circuit(tmp_path)
@@ -443,32 +126,22 @@ def test_the_circuit_has_every_field_of_the_format(tmp_path):
     assert all(len(c["means"][s]) == len(m) for s, m in all_nodes(model).items())
 
 
-def read(model, circuit, pairs, keep=True):
-    """Margins by the file alone: nodes (with keep=False all others) run free, the rest sit at the file's means."""
-    def fn(site, x):
-        if site not in circuit["means"]:
-            return x
-        inside = torch.isin(torch.arange(x.shape[-1]), torch.tensor(circuit["nodes"].get(site, []), dtype=torch.long))
-        return torch.where(inside == keep, x, torch.tensor(circuit["means"][site]))
-
-    rows = range(len(pairs.ids))
-    logits = model(pairs.ids, nodes=fn)[0][rows, pairs.last].double()
-    return logits[rows, pairs.answer] - logits[rows, pairs.wrong]
-
-
-def nats(margin):
-    return F.softplus(-margin).mean().item()
-
-
-def scaled(margin, scale, shift):
-    return scale * margin + shift * torch.tensor([1.0, -1.0]).double().repeat(len(margin) // 2)
+def read(model, c, pairs, keep=True):
+    """Margins by the file alone: the circuit runs free, or with keep=False all but its nodes; the rest sits at the file's means."""
+    means, edges = {s: torch.tensor(m) for s, m in c["means"].items()}, {k: torch.zeros_like(e) for k, e in all_edges(model).items()}
+    for a, j, b, i, _ in c["edges"]:
+        edges[a, b][i, j] = True
+    mask = as_mask(model, c["nodes"])
+    if not keep:
+        mask, edges = {s: ~m for s, m in mask.items()}, all_edges(model)
+    return plain_margins(model, mask, edges, means, pairs)
 
 
 def test_a_reader_of_the_file_alone_gets_the_same_losses(tmp_path):
     for ablation in ("mean", "zero"):
         model, cfg, means = toy_setup(tmp_path, ablation=ablation)
         constants = {s: (0 if ablation == "zero" else 1) * m for s, m in means.items()}
-        c = json.loads(json.dumps(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None)))
+        (c,) = json.loads(json.dumps(list(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None))))
         heldout, v = toy_pairs(100, "heldout"), c["validation"]
         kept = scaled(read(model, c, heldout), c["logit_scale"], c["logit_shift"])
         assert c["loss_heldout"] == v["sufficiency"] == pytest.approx(nats(kept), abs=2e-4)
@@ -480,15 +153,6 @@ def test_a_reader_of_the_file_alone_gets_the_same_losses(tmp_path):
         assert c["unpruned_loss"] == pytest.approx(nats(margins(model, heldout).double()), abs=2e-4)
         on_fit_pairs = scaled(read(model, c, toy_pairs(256).take(torch.arange(24))), c["logit_scale"], c["logit_shift"])
         assert c["loss"] == pytest.approx(nats(on_fit_pairs), abs=2e-4)
-
-
-def best_fit(margin):
-    """Scale and shift by Newton's method, without looking at anything of prune.py."""
-    x, p = torch.stack([margin, scaled(0 * margin, 0, 1.0)], 1), torch.tensor([1.0, 0.0]).double()
-    for _ in range(100):
-        s = torch.sigmoid(-(x @ p))
-        p = p + torch.linalg.solve((x.T * (s * (1 - s))) @ x + 1e-9 * torch.eye(2), x.T @ s)
-    return p.tolist()
 
 
 def test_scale_and_shift_are_fitted_on_training_pairs_not_on_heldout_ones(tmp_path):
@@ -519,14 +183,67 @@ def test_fewer_heldout_pairs_than_examples_still_give_a_circuit(tmp_path):
 def test_an_unsolved_task_is_an_error_that_says_so(tmp_path):
     model, cfg, constants = toy_setup(tmp_path, random_model(std=0.01))
     with pytest.raises(ValueError, match="does not solve toy"):
-        prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None)
+        list(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None))
 
 
 def test_a_loss_that_is_not_a_number_solves_nothing(tmp_path):
     model, cfg, constants = toy_setup(tmp_path)
     model.lm_head.weight[2, 3] = math.nan
     with pytest.raises(ValueError, match="does not solve toy"):
-        prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None)
+        list(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None))
+
+
+# --- several targets, attribution, minimal ---------------------------------------------------------
+
+def test_several_targets_give_circuits_that_meet_each_and_do_not_grow_with_the_target(tmp_path):
+    _, _, circuits = toy_circuits(tmp_path, parallel_model(cross=-0.3), target_loss=(0.36, 0.5, 0.6))
+    assert [c["target_loss"] for c in circuits] == [0.36, 0.5, 0.6] and all(c["loss"] <= c["target_loss"] for c in circuits)
+    for size in ("n_nodes", "n_edges"):
+        assert [c[size] for c in circuits] == sorted((c[size] for c in circuits), reverse=True)
+    assert circuits[0]["n_edges"] > circuits[2]["n_edges"]
+
+
+def test_attribution_ranks_without_mask_learning_and_gives_another_circuit(tmp_path, monkeypatch):
+    options = dict(target_loss=(0.6,))
+    _, _, learned = toy_circuit(tmp_path, parallel_model(cross=-0.3), **options)
+    monkeypatch.setattr(prune, "learn_masks", None)
+    model, cfg, c = toy_circuit(tmp_path, parallel_model(cross=-0.3), method="attribution", **options)
+    assert c["loss"] <= 0.6 and c["nodes"] != learned["nodes"] and c["n_edges"] > learned["n_edges"]
+    constants = {s: torch.tensor(m) for s, m in c["means"].items()}
+    effect = attribution(model, toy_pairs(256).take(torch.arange(24)), constants, gates := Gates(model, False))
+    leading = torch.zeros(len(effect), dtype=torch.bool)
+    leading[effect.argsort(descending=True)[: sum(map(len, c["nodes"].values()))]] = True
+    assert c["nodes"] == kept_of(gates.split(leading))  # all of the leading nodes have a path
+
+
+def test_a_minimal_circuits_file_lists_what_is_left_and_only_that(tmp_path):
+    model, _, c = toy_circuit(tmp_path, parallel_model(cross=-0.3), minimal=True, target_loss=(0.42,))
+    mask, edges = as_mask(model, c["nodes"]), {k: torch.zeros_like(e) for k, e in all_edges(model).items()}
+    for a, j, b, i, weight in c["edges"]:
+        assert {a: mask[a][j], b: mask[b][i]} == {a: True, b: True}
+        edges[a, b][i, j] = True
+    assert kept_of(drop_unconnected(model, mask, (2, 3), edges)) == c["nodes"]  # each has a path over the listed edges alone
+    whole = [e[:4] for e in edges_of(model, mask)]
+    removed = [e for e in whole if e not in [e[:4] for e in c["edges"]]]
+    assert removed == [["0.attn.act_in", 0, "0.attn.v", 1]]
+    assert c["validation"]["minimal"].items() >= {"certified": True, "training_pairs": 24, "target": SLACK * 0.42}.items() and c["loss"] <= SLACK * 0.42
+    before = toy_circuit(tmp_path, parallel_model(cross=-0.3), target_loss=(0.42,))[2]  # the same search without its last part
+    assert [c["validation"]["minimal"][k] for k in ("nodes_before", "edges_before")] == [before["n_nodes"], before["n_edges"]]
+    assert before["n_edges"] > c["n_edges"]
+    heldout = toy_pairs(100, "heldout")  # the losses are those of the model without the edge
+    assert c["loss_heldout"] == pytest.approx(nats(scaled(read(model, c, heldout), c["logit_scale"], c["logit_shift"])), abs=2e-5)
+    with_it = {**c, "edges": [*c["edges"], [*removed[0], 0.0]]}
+    assert abs(c["loss_heldout"] - nats(scaled(read(model, with_it, heldout), c["logit_scale"], c["logit_shift"]))) > 1e-3
+    shown = c["examples"][0]
+    assert shown["p_answer"] == pytest.approx(scaled(read(model, c, heldout), c["logit_scale"], c["logit_shift"])[0].sigmoid().item(), abs=1e-4)
+
+
+def test_a_circuit_is_certified_minimal_only_where_it_was_minimised(tmp_path):
+    """Here even the whole model's loss lies between the search's aim and the target: nothing could be left out."""
+    _, _, c = toy_circuit(tmp_path, parallel_model(cross=-0.3), minimal=True, target_loss=(0.34,), method="attribution")
+    assert SLACK * 0.34 < c["loss"] <= 0.34 and c["validation"]["minimal"]["certified"] is False
+    for minimal in (True, False):
+        assert toy_circuit(tmp_path, minimal=minimal, method="attribution")[2]["validation"]["minimal"]["certified"] is minimal
 
 
 # --- the command ----------------------------------------------------------------------------------------
@@ -546,11 +263,11 @@ def model_dir(tmp_path):
     (["--task=single_quote"], "single_double_quote"), (["--targte_loss=1"], "target_loss"), (["--target_loss=-1"], "target_loss"),
     (["--target_loss=nan"], "target_loss"), (["--ablation=median"], "ablation"), (["--steps=0"], "steps"), (["--steps=x"], "steps"),
     (["--model={tmp}/nowhere"], "nowhere"), (["--data={tmp}/nowhere"], "nowhere"), (["--tokenizer={tmp}/nowhere"], "nowhere"),
-    (["--fit_pairs=9", "--train_pairs=8"], "fit_pairs"), ([], "does not solve"), (["--task=all"], "no circuit for"),
-    (["--device=nonsense"], "device")], ids=" ".join)
+    (["--fit_pairs=9", "--train_pairs=8"], "fit_pairs"), ([], "does not solve"), (["--task=all"], "no task has a circuit"),
+    (["--device=nonsense"], "device")], ids=str)
 def test_bad_input_is_one_line_exit_2_and_nothing_written(args, says, model_dir, capsys):
-    given = [f"--model={model_dir}", f"--data={model_dir.parent}", f"--tokenizer={DEFAULT}", "--mean_tokens=256", "--heldout_pairs=8",
-             *(a.format(tmp=model_dir.parent) for a in args)]
+    given = [f"--model={model_dir}", f"--data={model_dir.parent}", f"--tokenizer={DEFAULT}", "--mean_tokens=256", "--train_pairs=64", "--fit_pairs=16",
+             "--heldout_pairs=8", *(a.format(tmp=model_dir.parent) for a in args)]
     before = files(model_dir.parent)
     with pytest.raises(SystemExit) as stop:
         prune.main(given)
@@ -570,3 +287,154 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(args, says, model_dir,
 def test_spoilt_files_are_one_line_exit_2_and_nothing_written(spoil, says, model_dir, capsys):
     spoil(model_dir)
     test_bad_input_is_one_line_exit_2_and_nothing_written([], says, model_dir, capsys)
+
+
+# --- --task=all ------------------------------------------------------------------------------------
+
+class Here(Executor):
+    """A pool of no processes, so that what a test replaces is replaced in the workers too."""
+
+    def __init__(self, jobs, context):
+        assert jobs >= 1 and context.get_start_method() == "spawn"
+
+    def submit(self, f, *args):
+        done = Future()
+        done.set_result(f(*args))
+        return done
+
+
+def two_tasks_model():
+    """hand_made, whose channel 3 also reaches answers 6 and 7, through an MLP."""
+    model = hand_made()
+    model.transformer.h[0].mlp.c_fc.weight[1, 3], model.transformer.h[0].mlp.c_proj.weight[4, 1] = 1.0, 1.0
+    model.lm_head.weight[6:8, 4] = torch.tensor([1.0, -1.0])
+    return model
+
+
+ALL = {"toy": TOY, "through": Task("through", "", ("6", "7"), toy_prompts), "blind": Task("blind", "", ("2", "3"), lambda r: ("0" + toy_prompts(r)[0],) * 2),
+       "foreign": Task("foreign", "", ("23", "3"), toy_prompts)}
+
+
+@pytest.fixture
+def everything(tmp_path, monkeypatch):
+    """Runs --task=all on four toy tasks: two can be solved, one cannot, one has an answer of two tokens."""
+    monkeypatch.setattr(prune, "TASKS", ALL)
+    monkeypatch.setattr(prune, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(prune, "load_tokenizer", lambda path: Digits())
+    toy_setup(tmp_path, two_tasks_model())
+
+    def run(*args):
+        return prune.main([f"--model={tmp_path}", f"--data={tmp_path}", "--task=all", "--target_loss=0.4", "--method=attribution", "--mean_tokens=2048",
+                           "--train_pairs=256", "--fit_pairs=24", "--heldout_pairs=50", *args])
+    run.folder = tmp_path
+    return run
+
+
+def stamps(folder):
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_ino, p.read_bytes()) for p in sorted(folder.rglob("circuit.json"))}
+
+
+def test_all_tasks_give_a_table_the_geometric_mean_of_the_edges_and_the_reasons_of_the_rest(everything, capsys):
+    assert everything() == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1]: cells[2:-1] for line in lines if len(cells := [c.strip() for c in line.split("|")]) > 3 and cells[1] in ALL}
+    files = {task: json.loads((everything.folder / task / "circuit.json").read_text()) for task in ("toy", "through")}
+    assert list(rows) == list(files) and {f["n_edges"] for f in files.values()} == {2, 4}
+    for task, f in files.items():
+        assert rows[task] == [f"{f['unpruned_loss']:.3f}", f"{f['loss_heldout']:.3f}", str(f["n_nodes"]), str(f["n_edges"]), f"{f['validation']['necessity']:.2f}"]
+        assert (f["task"], f["settings"]["task"]) == (task, task)
+    (mean,) = [line for line in lines if line.startswith("geometric mean")]
+    product = math.prod(f["n_edges"] for f in files.values())
+    assert float(re.search(r": ([\d.]+)", mean)[1]) == pytest.approx(product ** (1 / len(files)), abs=0.05) and "2 of 4 tasks" in mean
+    for task, reason in (("blind", "does not solve blind"), ("foreign", "'23' as a single token")):
+        assert any(line.startswith(f"{task}: no circuit: ") and reason in line for line in lines)
+        assert not (everything.folder / task).exists()
+
+
+def test_each_target_has_its_own_folder_and_table(everything, capsys):
+    assert everything("--target_loss=0.6,0.4") == 0
+    out = capsys.readouterr().out
+    for target in ("0.6", "0.4"):
+        assert f"target {target} nats" in out
+        for task in ("toy", "through"):
+            c = json.loads((everything.folder / task / f"target_{target}" / "circuit.json").read_text())
+            assert c["target_loss"] == float(target) and c["settings"]["target_loss"] == [0.6, 0.4]
+    assert out.count("geometric mean") == 2 and not (everything.folder / "toy" / "circuit.json").exists()
+
+
+def test_a_task_without_a_circuit_ends_nothing_and_no_circuit_at_all_is_exit_2(everything, monkeypatch, capsys):
+    monkeypatch.setattr(prune, "TASKS", {k: ALL[k] for k in ("foreign", "toy")})
+    assert everything() == 0
+    monkeypatch.setattr(prune, "TASKS", {k: ALL[k] for k in ("foreign", "blind")})
+    with pytest.raises(SystemExit) as stop:
+        everything()
+    text = capsys.readouterr()
+    assert stop.value.code == 2 and text.err.count("\n") == 1 and "no task has a circuit" in text.err
+    assert "blind: no circuit" in text.out and "foreign: no circuit" in text.out
+
+
+def test_a_second_run_redoes_only_what_is_missing(everything, capsys):
+    everything()
+    first, table = stamps(everything.folder), capsys.readouterr().out.split("\n\n")[-1]
+    everything()
+    again = capsys.readouterr().out
+    assert stamps(everything.folder) == first and "[toy]" not in again and again.split("\n\n")[-1] == table
+    (everything.folder / "toy" / "circuit.json").unlink()
+    everything("--jobs=2")  # how many at a time is no setting of a circuit
+    out, second = capsys.readouterr().out, stamps(everything.folder)
+    assert second["through/circuit.json"] == first["through/circuit.json"] and "[toy]" in out and "[through]" not in out
+    now, before = (json.loads(s["toy/circuit.json"][2]) for s in (second, first))
+    assert now["settings"].pop("jobs") == 2 and before["settings"].pop("jobs") == 1 and now == before
+
+
+def truncated(folder):
+    path = folder / "toy" / "circuit.json"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def other_weights(folder):
+    model = GPT.load(str(folder))
+    model.transformer.h[0].attn.c_attn.weight.data *= 1.1
+    model.save(str(folder))
+
+
+@pytest.mark.parametrize("args, change, redone", [
+    (["--heldout_pairs=49"], None, ["through", "toy"]), (["--target_loss=0.41"], None, ["through", "toy"]), (["--seed=1"], None, ["through", "toy"]),
+    ([], truncated, ["toy"]), ([], other_weights, ["through", "toy"])], ids=["held-out pairs", "target", "seed", "truncated", "weights"])
+def test_a_task_is_redone_where_its_settings_its_file_or_the_model_changed(everything, args, change, redone):
+    everything()
+    if change:
+        change(everything.folder)
+    first = stamps(everything.folder)
+    everything(*args)
+    second = stamps(everything.folder)
+    assert [k.split("/")[0] for k in sorted(second) if second[k] != first[k]] == redone
+
+
+def test_two_jobs_write_the_circuits_that_one_writes(model_dir, tmp_path, capsys):
+    model = GPT(GPTConfig(**{**SHAPE, "vocab_size": 2048, "block_size": 64, "n_layer": 1})).requires_grad_(False)
+    tokenizer = load_tokenizer(DEFAULT)
+    token = lambda text: tokenizer.encode_ordinary(text)[0]
+    for p in model.parameters():
+        p.zero_() if p.dim() > 1 else p.fill_(1.0)
+    wte, head, attn = model.transformer.wte.weight, model.lm_head.weight, model.transformer.h[0].attn
+    wte[:, 5] = 1.0
+    for i, (words, answers) in enumerate([((" for", " while"), (" in", ":\n")), ((" while", " return"), (":\n", "\n"))]):
+        wte[[token(w) for w in words], i] = torch.tensor([9.0, -9.0])
+        attn.c_attn.weight[12 + i, i] = attn.c_proj.weight[2 + i, i] = 3.0
+        head[[token(a) for a in answers], 2 + i] = torch.tensor([3.0, -3.0])
+    model.save(str(model_dir))
+    small = dict(model=model_dir, data=tmp_path, task="all", tokenizer=DEFAULT, target_loss=0.4, mean_tokens=512, steps=3, batch_pairs=4, train_pairs=64, fit_pairs=32, heldout_pairs=32)
+    assert prune.main([*(f"--{k}={v}" for k, v in small.items()), f"--out_dir={tmp_path}/two", "--jobs=2"]) == 0
+    cfg = replace(prune.parse(prune.PruneConfig, [f"--{k}={v}" for k, v in small.items()]), out_dir=f"{tmp_path}/one")
+    out = capsys.readouterr().out
+    for task in TASKS:
+        got, path = prune._one_of_many(cfg, task), tmp_path / "two" / task / "circuit.json"
+        if isinstance(got, str):
+            assert f"{task}: no circuit: {got}" in out and not path.exists()
+        else:
+            two = json.loads(path.read_text())
+            assert two["settings"].pop("jobs") == 2 and two["settings"].pop("out_dir") == f"{tmp_path}/two"
+            one = json.loads((tmp_path / "one" / task / "circuit.json").read_text())
+            assert one["settings"].pop("jobs") == 1 and one["settings"].pop("out_dir") and one == two
+    assert {"for_while", "while_return_true"} <= {p.parent.name for p in (tmp_path / "two").rglob("circuit.json")}

@@ -1,0 +1,163 @@
+"""search.py: what Search saves changes no result, and what minimise leaves can lose nothing more."""
+import itertools
+import math
+
+import pytest
+import torch
+
+from circuit import Circuit, ablate, all_edges, calibrate, calibrated, drop_unconnected, loss_of, margins, without_edges
+from search import Search, discretise, has, minimise, parts_of, without
+from toy import (EVERY_SITE, all_nodes, as_mask, kept_of, nats, one_thread, parallel_model, plain_margins,  # noqa: F401
+                 random_model, scaled, toy_pairs, toy_setup)
+
+pytestmark = pytest.mark.usefixtures("seed", "one_thread")
+
+
+def plain_fit(model, mask, edges, constants, pairs) -> Circuit:
+    """What Search.fit says, without its savings: all pairs at once, in the order given, from the tokens on."""
+    mask = drop_unconnected(model, mask, (2, 3), edges)
+    margin = plain_margins(model, mask, edges, constants, pairs)
+    scale, shift = calibrate(margin)
+    return Circuit(mask, edges, scale, shift, loss_of(calibrated(margin, scale, shift)))
+
+
+def same_circuit(got, want):
+    assert all(torch.equal(got.mask[s], want.mask[s]) for s in want.mask)
+    assert all(torch.equal(got.edges[k], want.edges[k]) for k in want.edges)
+    assert got.loss == pytest.approx(want.loss, abs=2e-4)  # the order of the pairs moves the last digits of 16 L-BFGS steps
+
+
+def changed(model, mask, edges, layer):
+    """Other nodes and edges from the layer on, the same before it."""
+    late = lambda name: int(name.split(".")[0]) >= layer
+    other_mask = {s: m & (torch.rand(len(m)) < 0.8) if late(s) else m for s, m in mask.items()}
+    return other_mask, {k: e & (torch.rand(e.shape) < 0.8) if late(k[0]) else e.clone() for k, e in edges.items()}
+
+
+# --- Search ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [dict(), dict(bias=True, sink=False), dict(afrac=0.5, afrac_loctypes=EVERY_SITE, d_pos_emb=3),
+                                     dict(residual_activation_type="relu", enable_bigram_table=True)], ids=str)
+def test_a_fit_that_starts_midway_gives_what_a_fresh_plain_computation_gives(options):
+    model, pairs = random_model(n_layer=2, std=0.8, **options), toy_pairs(10)
+    constants = {s: torch.randn(len(m)) for s, m in all_nodes(model).items()}
+    search, mask, edges = Search(model, constants, pairs, batch=3), all_nodes(model), all_edges(model)
+    for layer in (0, 1, 0, 2):  # where the next circuit begins to differ from the last one accepted; 2: not at all
+        trial = changed(model, mask, edges, layer)
+        refused = changed(model, mask, edges, 0)
+        same_circuit(search.fit(*refused), plain_fit(model, *refused, constants, pairs))  # not accepted: leaves no trace
+        got = search.fit(*trial)
+        same_circuit(got, plain_fit(model, *trial, constants, pairs))
+        fresh = Search(model, constants, pairs, batch=3).fit(*trial)
+        assert (got.scale, got.shift, got.loss) == pytest.approx((fresh.scale, fresh.shift, fresh.loss), abs=1e-5)
+        assert search.accept() is got
+        mask, edges = got.mask, got.edges
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_stopping_early_refuses_exactly_the_circuits_whose_loss_passes_the_target(case):
+    model, pairs = random_model(n_layer=2, std=0.8), toy_pairs(16)
+    constants = {s: torch.randn(len(m)) for s, m in all_nodes(model).items()}
+    search, mask, edges = Search(model, constants, pairs, batch=4), all_nodes(model), all_edges(model)
+    search.fit(mask, edges)
+    search.accept()
+    for _ in range(2):
+        trial = changed(model, mask, edges, case % 2)
+        whole = search.fit(*trial)
+        for share in (0.3, 0.97, 0.999, 1.001, 2.0):
+            got = search.fit(*trial, share * whole.loss)
+            if share < 1:
+                assert got.loss == math.inf
+            else:
+                assert (got.scale, got.shift, got.loss) == (whole.scale, whole.shift, whole.loss)
+            same_circuit(Circuit(got.mask, got.edges, 1.0, 0.0, 0.0), Circuit(whole.mask, whole.edges, 1.0, 0.0, 0.0))
+
+
+def test_a_loss_that_is_not_a_number_meets_no_target():
+    model, pairs = random_model(), toy_pairs(8)
+    constants = {s: torch.zeros(len(m)) for s, m in all_nodes(model).items()}
+    model.lm_head.weight[2] = math.nan
+    for target in (0.5, math.inf):
+        assert not Search(model, constants, pairs).fit(all_nodes(model), all_edges(model), target).loss < math.inf
+
+
+# --- discretise -----------------------------------------------------------------------------------
+
+def test_discretising_keeps_exactly_the_fewest_leading_nodes_that_meet_the_target(tmp_path):
+    model, _, constants = toy_setup(tmp_path, parallel_model())
+    pairs = toy_pairs()
+    leading = [("0.attn.resid_delta", 5), *((site, i) for i in range(4) for site in ("0.attn.act_in", "0.attn.v"))]
+    sites = [(s, i) for s, m in all_nodes(model).items() for i in range(len(m))]
+    order = torch.tensor([sites.index(n) for n in leading] + [i for i, n in enumerate(sites) if n not in leading])
+    losses = []
+    for n in (1, 2, 3, 4):  # channels
+        margin = margins(model, pairs, ablate(as_mask(model, {s: [i for t, i in leading[: 1 + 2 * n] if t == s] for s, _ in leading}), constants))
+        losses.append(loss_of(calibrated(margin, *calibrate(margin))))
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[3] + 0.05
+    for n_open, (n, loss) in itertools.product((9, len(order)), enumerate(losses, 1)):
+        got = discretise(Search(model, constants, pairs), order, n_open, loss + 1e-4)
+        assert got.loss == pytest.approx(loss, abs=5e-5)
+        assert kept_of(got.mask) == {"0.attn.act_in": list(range(n)), "0.attn.v": list(range(n)), "0.attn.resid_delta": [5]}
+    for n_open, n in ((5, 2), (9, 4)):  # no number of nodes does: the open gates, whose loss says so
+        got = discretise(Search(model, constants, pairs), order, n_open, losses[3] / 2)
+        assert got.loss == pytest.approx(losses[n - 1], abs=5e-5) and kept_of(got.mask)["0.attn.v"] == list(range(n))
+
+
+
+# --- minimise -------------------------------------------------------------------------------------
+
+def minimal(model, constants, pairs, slack):
+    """The minimal circuit at `slack` times the loss of the whole, and that target."""
+    search = Search(model, constants, pairs)
+    everything = search.fit(all_nodes(model), all_edges(model))
+    target = slack * everything.loss
+    return everything, minimise(search, everything, target, lambda text: None), target
+
+
+def loss_without(model, circuit, part, constants, pairs):
+    """The calibrated loss of a circuit less one part, by the functions that validate a circuit."""
+    mask, edges = without(circuit, part) if part else (circuit.mask, circuit.edges)
+    mask = drop_unconnected(model, mask, (2, 3), edges)
+    margin = margins(without_edges(model, Circuit(mask, edges, 1.0, 0.0, 0.0), constants), pairs, ablate(mask, constants))
+    return loss_of(calibrated(margin, *calibrate(margin)))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: parallel_model(), lambda: parallel_model(cross=-0.5),
+    lambda: random_model(std=1.5, keep=0.4, n_layer=2, d_model=4, n_head=1, d_head=2, d_mlp=4)], ids=["parallel", "crossed", "random"])
+@pytest.mark.parametrize("slack", [1.005, 1.5])
+def test_no_single_node_and_no_single_edge_of_a_minimal_circuit_can_be_left_out(make, slack, tmp_path):
+    torch.manual_seed(7)  # a random model that happens to know the task
+    model = make()
+    (_, _, constants), pairs = toy_setup(tmp_path, model), toy_pairs(12)
+    everything, got, target = minimal(model, constants, pairs, slack)
+    assert got.loss <= target and got.size[0] <= everything.size[0] and got.size[1] <= everything.size[1]
+    assert loss_without(model, got, None, constants, pairs) == pytest.approx(got.loss, abs=2e-4)
+    parts = parts_of(got)
+    assert len(parts) == sum(got.size)
+    for part in parts:
+        assert has(got, part) and loss_without(model, got, part, constants, pairs) > target - 2e-4, part
+
+
+def test_a_minimal_circuit_has_only_nodes_with_a_path_over_the_edges_it_kept(tmp_path):
+    model = parallel_model(cross=-0.5)
+    (_, _, constants), pairs = toy_setup(tmp_path, model), toy_pairs(24)
+    everything, got, _ = minimal(model, constants, pairs, 1.005)
+    connected = drop_unconnected(model, got.mask, (2, 3), got.edges)
+    assert 0 < got.size[1] < everything.size[1] and kept_of(connected) == kept_of(got.mask)
+    cut = [p for p in parts_of(Circuit(got.mask, all_edges(model), 1.0, 0.0, 0.0)) if not has(got, p)]
+    assert cut and all(len(p) == 4 for p in cut)  # edges between nodes that both stay
+
+
+def test_minimising_twice_changes_nothing(tmp_path):
+    (model, _, constants), pairs = toy_setup(tmp_path, parallel_model(cross=-0.5)), toy_pairs(24)
+    _, once, target = minimal(model, constants, pairs, 1.005)
+    twice = minimise(Search(model, constants, pairs), once, target, lambda text: None)
+    same_circuit(twice, once)
+
+
+def test_the_loss_of_a_minimal_circuit_is_what_plain_sums_give(tmp_path):
+    (model, _, constants), pairs = toy_setup(tmp_path, parallel_model(cross=-0.5)), toy_pairs(24)
+    _, got, _ = minimal(model, constants, pairs, 1.005)
+    margin = plain_margins(model, got.mask, got.edges, constants, pairs)
+    assert nats(scaled(margin, got.scale, got.shift)) == pytest.approx(got.loss, abs=1e-5)
