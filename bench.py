@@ -4,8 +4,11 @@
 
 - The projection's share of a training step, and the cost of sparsity: a step against the dense one.
 - Where a sparse step goes: its kernels timed alone, forward and backward; the rest is the remainder.
+- A step of mask learning against a plain forward and backward pass over prompts of as many and as long.
+- AbsTopK forward against torch.topk and scatter.
 Random tokens; the time of a step does not depend on what they say. Medians of interleaved repetitions.
 """
+import copy
 import statistics
 import sys
 import time
@@ -14,12 +17,15 @@ from dataclasses import replace
 import torch
 
 from config import parse
+from data.tinypython.tokenizer import load_tokenizer
 from kernels import abstopk
 from optim import L0AdamW, clip_rms_, param_groups
 from model import GPT
+from prune import Gates, PruneConfig, learn_masks
+from tasks import TASKS, load_pairs
 from train import TrainConfig, model_config
 
-VOCAB, REPEATS = 2048, 9
+VOCAB, REPEATS, STEPS = 2048, 9, 3
 
 
 def stepper(cfg: TrainConfig) -> tuple[GPT, dict]:
@@ -67,12 +73,34 @@ def kernels_alone(cfg: TrainConfig, model: GPT) -> dict:
     return {name: lambda fs=fs: [f() for f in fs] for name, fs in jobs.items()}
 
 
+def mask_learning(model: GPT) -> dict:
+    """Mask learning, and plain training passes over batches of the same prompts; STEPS of each."""
+    pairs, cfg = load_pairs(TASKS["single_double_quote"], load_tokenizer(), 64, "train", model.config.block_size), PruneConfig(steps=STEPS)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    constants = {s: torch.zeros(model.config.site_width(s)) for s in model.sites}
+    gates = Gates(frozen, False)
+
+    def plain():
+        for _ in range(STEPS):
+            batch = pairs.take(torch.randint(len(pairs), (cfg.batch_pairs,)))
+            model(batch.ids, batch.ids)[1].backward()
+
+    return {"masks": lambda: learn_masks(frozen, pairs, constants, gates, cfg, lambda *_: None), "plain": plain}
+
+
+def topk_scatter(x: torch.Tensor, k: int) -> torch.Tensor:
+    index = x.abs().topk(k, sorted=False).indices
+    return torch.zeros_like(x).scatter_(-1, index, x.gather(-1, index))
+
+
 def main(argv: list[str]) -> int:
     cfg = parse(TrainConfig, argv)
     model, sparse = stepper(cfg)
     _, dense = stepper(replace(cfg, density=1.0, afrac=0.0))
     alone = kernels_alone(cfg, model)
-    jobs = sparse | {f"dense {name}": f for name, f in dense.items()} | alone
+    x = torch.randn(4096, 1024)
+    forward = {"ours": lambda: abstopk(x, 256), "topk": lambda: topk_scatter(x, 256)}
+    jobs = sparse | {f"dense {name}": f for name, f in dense.items()} | alone | mask_learning(model) | forward
     times = {name: [] for name in jobs}
     for i in range(REPEATS + 2):
         for name, f in jobs.items():
@@ -88,6 +116,8 @@ def main(argv: list[str]) -> int:
     print(f"projection: {t['projection'] / whole:.1%} of a step")
     shares = {name: t[name] / whole for name in [*alone, "update", "projection"]}
     print("a step's shares: " + ", ".join(f"{n} {s:.1%}" for n, s in shares.items()) + f", rest {1 - sum(shares.values()):.1%}")
+    print(f"a step of mask learning takes {t['masks'] / t['plain']:.2f} of a plain forward and backward pass")
+    print(f"AbsTopK forward, 4096 x 1024, k = 256: {t['topk'] / t['ours']:.1f} times as fast as torch.topk and scatter")
     return 0
 
 

@@ -53,6 +53,7 @@ class PruneConfig:
     method: str = "learned"         # learned | attribution: how nodes are ranked
     ablation: str = "mean"          # mean | zero: what a node outside the circuit is held at
     minimal: bool = False           # then leave out single nodes and edges until none can go
+    tune: int = 0                   # search for better settings first, by so many trials (tune.py)
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
     mean_tokens: int = 65536
     train_pairs: int = 2048         # mask learning draws from these
@@ -201,6 +202,8 @@ def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig, say=print
     for target in cfg.target_loss:
         search = Search(model, constants, fit_pairs)
         circuit = discretise(search, order, int((tau > 0).sum()), SLACK * target)
+        if not circuit.loss <= SLACK * target:  # not even all nodes come that far below
+            circuit = discretise(search, order, int((tau > 0).sum()), target)
         say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: loss {circuit.loss:.3f}, target {target}")
         if cfg.minimal and circuit.loss <= SLACK * target:
             circuit = replace(minimise(search, circuit, SLACK * target, say), before=circuit.size)
@@ -247,7 +250,7 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
                 "minimal": {"certified": True, "training_pairs": cfg.fit_pairs, "target": SLACK * target,
                             "nodes_before": circuit.before[0], "edges_before": circuit.before[1]} if circuit.before else {"certified": False}},
             "examples": examples(reduced, mask, constants, heldout, kept, unpruned, tokenizer),
-            "seed": cfg.seed, "settings": asdict(cfg),
+            "seed": cfg.seed, "settings": settings_of(cfg),
         }
 
 
@@ -319,6 +322,11 @@ def check(cfg: PruneConfig) -> None:
             die(f"{name} must be a positive number, not {value}")
 
 
+def settings_of(cfg: PruneConfig) -> dict:
+    """What a circuit depends on: all but how many processes and trials there were."""
+    return {k: v for k, v in asdict(cfg).items() if k not in ("jobs", "tune")}
+
+
 def path_of(cfg: PruneConfig, task: str, target: float) -> str:
     folder = os.path.join(cfg.out_dir or cfg.model, task)
     return os.path.join(folder, *([f"target_{target:g}"] if len(cfg.target_loss) > 1 else []), "circuit.json")
@@ -328,8 +336,8 @@ def finished(cfg: PruneConfig, task: str) -> list[dict] | None:
     """The circuits of a task that an earlier run with the same settings and weights has left."""
     try:
         found = [json.load(open(path_of(cfg, task, target))) for target in cfg.target_loss]
-        settings = json.loads(json.dumps({**asdict(cfg), "task": task}))
-        same = all({**c["settings"], "jobs": cfg.jobs} == settings and c["model"]["sha256"] == hash_of(cfg.model) for c in found)
+        settings = json.loads(json.dumps({**settings_of(cfg), "task": task}))
+        same = all(c["settings"] == settings and c["model"]["sha256"] == hash_of(cfg.model) for c in found)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if same else None
@@ -390,7 +398,13 @@ def main(argv: list[str]) -> int:
     cfg = parse(PruneConfig, argv)
     check(cfg)
     try:
-        prune_all(cfg) if cfg.task == "all" else prune_task(cfg, cfg.task)
+        if cfg.tune:
+            from tune import tune  # it stands above this file
+            tune(cfg, cfg.tune)
+        elif cfg.task == "all":
+            prune_all(cfg)
+        else:
+            prune_task(cfg, cfg.task)
     except (ValueError, OSError) as e:
         die(str(e))
     return 0

@@ -33,7 +33,8 @@ def quiet(text):
 
 def random_case(tmp_path, share=0.7, **options) -> Case:
     """A random circuit of a random model, with all that a card needs."""
-    model, cfg, means = toy_setup(tmp_path, random_model(**{**OPTIONS, **options}))
+    model, cfg, _ = toy_setup(tmp_path, random_model(**{**OPTIONS, **options}))
+    means = {s: torch.randn(len(m)) for s, m in all_nodes(model).items()}
     mask = {s: torch.rand(len(m)) < share for s, m in all_nodes(model).items()}
     circuit = Circuit(mask, random_edges(model), 1.3, 0.4, 0.0)
     return Case(model, TOY, Digits(), circuit, means, cfg, toy_pairs(64), toy_pairs(40, "heldout"), str(tmp_path / "train.bin"), 0)
@@ -54,9 +55,7 @@ def test_sufficiency_necessity_and_zero_ablation_are_what_plain_sums_give(tmp_pa
     inverse = plain_margins(case.model, {s: ~m for s, m in mask.items()}, all_edges(case.model), means, case.heldout)
     assert necessity(case) == pytest.approx(nats(inverse), rel=1e-4)
     zeros = {s: 0 * m for s, m in means.items()}
-    got = zero_ablation(case)
-    assert got["zero_ablation"] == pytest.approx(nats(scaled(plain(zeros, case.heldout), 1.3, 0.4)), rel=1e-4)
-    assert got["zero_ablation"] != pytest.approx(sufficiency(case), rel=1e-3)
+    assert zero_ablation(case)["zero_ablation"] == pytest.approx(nats(scaled(plain(zeros, case.heldout), 1.3, 0.4)), rel=1e-4)
 
 
 def test_recalibrating_fits_scale_and_shift_to_the_fit_pairs_alone(tmp_path):
@@ -241,7 +240,7 @@ def test_nonsense_controls_prune_the_permuted_training_pairs_and_are_scored_on_p
         assert torch.equal(seen[kind].ids, nonsense(getattr(case, kind)).ids) and not torch.equal(seen[kind].ids, getattr(case, kind).ids)
 
 
-def test_shuffled_weights_are_the_same_values_elsewhere_and_the_norms_stay():
+def test_shuffled_weights_are_the_same_values_elsewhere_and_norms_and_bigram_table_stay():
     for options in ({}, {"tied_unembed": True}, {"learnable_bigram_table": True, "bias": True, "d_pos_emb": 3}):
         model = random_model(**{**OPTIONS, **options})
         model.bigram_table.data.copy_(torch.randn(10, 10))
@@ -250,9 +249,10 @@ def test_shuffled_weights_are_the_same_values_elsewhere_and_the_norms_stay():
         for name, old in before.items():
             assert torch.equal(model.state_dict()[name], old)
             assert torch.equal(now[name].flatten().sort().values, old.flatten().sort().values)
-            fixed = "ln_" in name or name == "final_logits_bias" or old.numel() < 7
-            assert fixed or not torch.equal(now[name], old), name
-            assert not ("ln_" in name and not torch.equal(now[name], old))
+            if "ln_" in name or name in ("final_logits_bias", "bigram_table"):
+                assert torch.equal(now[name], old)
+            elif old.numel() > 7:  # fewer can stay in place by chance
+                assert not torch.equal(now[name], old), name
         if options.get("tied_unembed"):
             assert torch.equal(now["lm_head.weight"], now["transformer.wte.weight"])
 
@@ -304,6 +304,7 @@ def test_longer_prompts_are_the_tasks_own_behind_whole_functions(name):
         assert size <= 128 or before.count("def ") == 1
         lengths.append(size)
     assert np.median(lengths) > 90
+    assert longer(task, tokenizer, 1).prompts(random.Random(0))[0].removesuffix(task.prompts(random.Random(0))[0]).count("def ") == 1
     pairs = load_pairs(more, tokenizer, 20, "heldout", 128)
     assert pairs.ids.shape[1] <= 128
 
@@ -363,6 +364,9 @@ def test_the_verdict_follows_from_the_controls_and_says_what_else_is_wrong():
     assert "misses its target" in state(sufficiency=0.16)[1] and "misses" not in state(sufficiency=0.15)[1]
     assert "misses its target" in state(sufficiency=float("nan"))[1]
     assert "hardly needs" in state(necessity=0.29)[1] and state(necessity=0.29)[0] is True
+    assert "exceeds" not in state(resample=0.15, zero_ablation=None)[1]
+    trust, text = state(resample=0.16, generalisation_names=0.5, frozen_norms=0.1)
+    assert trust is True and "exceeds the target with resample, other names." in text
     assert verdict(good, 0.15, 10)["trustworthy"] is None and "not run" in verdict(good, 0.15, 10)["verdict"]
 
 
