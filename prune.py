@@ -53,6 +53,7 @@ class PruneConfig:
     method: str = "learned"         # learned | attribution: how nodes are ranked
     ablation: str = "mean"          # mean | zero: what a node outside the circuit is held at
     minimal: bool = False           # then leave out single nodes and edges until none can go
+    necessity: float = 0.0          # nats; with minimal: but no node that would take the model's loss without the circuit below this
     tune: int = 0                   # search for better settings first, by so many trials (tune.py)
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
     mean_tokens: int = 65536
@@ -149,7 +150,8 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
     tau = noise.clamp(-1, 1).to(gates.index.device).requires_grad_()
     optimizer = torch.optim.AdamW([tau], lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     answers = (int(pairs.answer[0]), int(pairs.wrong[0]))
-    clock, k, aim, mean = time.time(), cfg.k_coef, min(cfg.target_loss) * 2 / 3, 0.0
+    clock, k, target, mean = time.time(), cfg.k_coef, min(cfg.target_loss), 0.0
+    best, fewest = None, math.inf  # the gates to go back to where learning ends with a broken circuit
     for step in range(cfg.steps):
         ramp = min(1.0, (step + 1) / max(1.0, cfg.warmup * cfg.steps))
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp * (1 - step / cfg.steps)
@@ -165,7 +167,9 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
         loss = task_loss(finish(model, h, batch, nodes), batch)
         (loss + k * gate.sum()).backward()
         mean = 0.9 * mean + 0.1 * loss.item() if step else loss.item()
-        k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / aim)))
+        k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / (2 / 3 * target))))
+        if max(mean, loss.item()) <= target and gate.sum() < fewest:
+            best, fewest = tau.detach().clone(), gate.sum()
         torch.nn.utils.clip_grad_norm_([tau], cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -174,7 +178,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
         if (step + 1) % 25 == 0:
             left = (time.time() - clock) / (step + 1) * (cfg.steps - step - 1)
             say(f"  masks {step + 1}/{cfg.steps}  task loss {loss.item():.3f}  open gates {int(gate.sum())}  {left:.0f} s left")
-    return tau.detach()[gates.index]
+    return (best if mean > target and best is not None else tau.detach())[gates.index]
 
 
 def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Tensor:
@@ -206,7 +210,7 @@ def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig, say=print
             circuit = discretise(search, order, int((tau > 0).sum()), target)
         say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: loss {circuit.loss:.3f}, target {target}")
         if cfg.minimal and circuit.loss <= SLACK * target:
-            circuit = replace(minimise(search, circuit, SLACK * target, say), before=circuit.size)
+            circuit = replace(minimise(search, circuit, SLACK * target, say, cfg.necessity), before=circuit.size)
         yield circuit
 
 
@@ -247,7 +251,7 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
                 "sufficiency": loss_of(kept), "sufficiency_accuracy": (kept > 0).float().mean().item(),
                 "necessity": loss_of(inverse), "necessity_accuracy": (inverse > 0).float().mean().item(),
                 "heldout_pairs": len(heldout),
-                "minimal": {"certified": True, "training_pairs": cfg.fit_pairs, "target": SLACK * target,
+                "minimal": {"certified": True, "training_pairs": cfg.fit_pairs, "target": SLACK * target, "necessity": cfg.necessity,
                             "nodes_before": circuit.before[0], "edges_before": circuit.before[1]} if circuit.before else {"certified": False}},
             "examples": examples(reduced, mask, constants, heldout, kept, unpruned, tokenizer),
             "seed": cfg.seed, "settings": settings_of(cfg),
@@ -317,6 +321,8 @@ def check(cfg: PruneConfig) -> None:
             die(f"{name} must be at least 1, not {getattr(cfg, name)}")
     if cfg.fit_pairs > cfg.train_pairs:
         die(f"fit_pairs {cfg.fit_pairs} exceeds train_pairs {cfg.train_pairs}")
+    if not 0 <= cfg.necessity < math.inf:
+        die(f"necessity must be 0 or more nats, not {cfg.necessity}")
     for name, value in (*(("target_loss", t) for t in cfg.target_loss), *((n, getattr(cfg, n)) for n in ("lr", "heaviside_temp", "grad_clip"))):
         if not (type(value) in (int, float) and 0 < value < math.inf):
             die(f"{name} must be a positive number, not {value}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuit import (Circuit, Edges, Nodes, ablate, all_edges, batches_of, calibrate, calibrated, cut_, cuttable, drop_unconnected,
-                     finish, loss_of, margin_of)
+                     finish, loss_of, margin_of, margins)
 from model import GPT
 from tasks import Pairs
 
@@ -79,6 +79,11 @@ class Search:
         """The circuit fitted last is what the next ones start from."""
         self.accepted, self.streams = self.trial
         return self.accepted
+
+    def loss_without(self, mask: Nodes) -> float:
+        """Nats of the whole model with only the nodes of `mask` ablated."""
+        inverse = ablate({s: ~m for s, m in mask.items()}, self.constants)
+        return sum(loss_of(margins(self.model, part, inverse)) * len(part) for part in self.batches) / sum(map(len, self.batches))
 
     def _use_constants(self, mask: Nodes) -> dict[int, Tensor]:
         """Tell the linear maps which inputs live; return what the sublayers write that write constants."""
@@ -158,8 +163,11 @@ def without(circuit: Circuit, *parts: tuple) -> tuple[Nodes, Edges]:
     return mask, edges
 
 
-def minimise(search: Search, circuit: Circuit, target: float, say=print) -> Circuit:
+def minimise(search: Search, circuit: Circuit, target: float, say=print, necessity: float = 0.0) -> Circuit:
     """Leave out nodes and edges until no single one can go without the loss passing `target`.
+
+    With `necessity` (nats), no node goes either without which the model could do with less than that when it
+    loses the circuit: where a model has two mechanisms for a task, one of them alone may meet the target.
 
     Lazily greedy: of all parts, those that cost the least loss per edge that goes with them, several at a
     time while that costs what it promised. Prices are first asked of a quarter of the pairs; the last round
@@ -170,6 +178,9 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print) -> Circ
         rise, edges = trial.loss - before.loss, max(0.5, before.size[1] - trial.size[1])
         return rise / edges if rise > 0 else rise * edges
 
+    def needed(trial) -> bool:
+        return necessity == 0 or trial.size[0] == circuit.size[0] or search.loss_without(trial.mask) >= necessity
+
     for asked in itertools.chain([Search(search.model, search.constants, search.quarter)], itertools.repeat(search)):
         for s in (search, asked):
             s.fit(circuit.mask, circuit.edges)
@@ -179,19 +190,24 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print) -> Circ
             if math.isfinite(p := price(asked.fit(*without(circuit, part), target), asked.accepted)):
                 queue.append((p, n, part))
         say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: {len(queue)} of these can go ({time.time() - clock:.0f} s)")
-        if not queue and asked is search:
-            return circuit
         circuit, most = search.accepted, len(queue)
+        before = circuit
         while queue:
             queue = sorted(entry for entry in queue if has(circuit, entry[2]))
-            few, queue = queue[: max(1, min(most, len(queue) // 8))], queue[max(1, min(most, len(queue) // 8)) :]
-            if not few:
+            if not queue:
                 break
+            n = max(1, min(most, len(queue) // 8))
+            few, queue = queue[:n], queue[n:]
             trial = search.fit(*without(circuit, *(part for _, _, part in few)), target)
             p = price(trial, circuit)
             if p <= 1e-4 + 1.5 * max(0.0, few[-1][0], queue[0][0] if queue and len(few) == 1 else 0.0):
-                circuit, most = search.accept(), 2 * most
-            elif len(few) > 1:
+                if needed(trial):
+                    circuit, most = search.accept(), 2 * most
+                    continue
+                p = math.inf
+            if len(few) > 1:
                 queue, most = few + queue, len(few) // 2
             elif math.isfinite(p):
                 queue.append((p, *few[0][1:]))  # dearer by now than the next one was
+        if asked is search and circuit is before:
+            return circuit

@@ -81,7 +81,7 @@ def tune(cfg: PruneConfig, n: int) -> None:
 
         os.makedirs(folder, exist_ok=True)
         journal, toml = os.path.join(folder, "tune.journal"), os.path.join(folder, "tuned.toml")
-        fixed = {k: v for k, v in asdict(plain).items() if k not in {*PAPER, "model", "out_dir", "jobs"}}
+        fixed = {k: v for k, v in asdict(plain).items() if k not in {*PAPER, "model", "out_dir", "jobs", "tune"}}
         name = json.dumps({"sha256": hash_of(cfg.model), **fixed}, sort_keys=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
@@ -93,7 +93,7 @@ def tune(cfg: PruneConfig, n: int) -> None:
         if i:
             print(f"{journal} has {i} trials of this model and these settings")
         while i < n:
-            study.sampler = optuna.samplers.TPESampler(seed=1000 * cfg.seed + i)
+            study.sampler = optuna.samplers.TPESampler(seed=1000 * cfg.seed + i, constant_liar=False)
             if i < 2:
                 first = searched((given, replace(given, **PAPER))[i])
                 study.enqueue_trial({k: min(max(v, span[k][0]), span[k][1]) for k, v in first.items()})

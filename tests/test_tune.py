@@ -14,7 +14,7 @@ import tune
 from config import parse
 from model import GPT
 from prune import PruneConfig
-from toy import TOY, Digits, one_thread, random_model, toy_circuit, toy_setup  # noqa: F401
+from toy import TOY, Digits, one_thread, random_model, toy_setup  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 SMALL = ["--task=toy", "--target_loss=0.4", "--mean_tokens=2048", "--train_pairs=64", "--fit_pairs=24", "--heldout_pairs=50", "--steps=12",
@@ -100,11 +100,11 @@ class TestWithOptuna:
         score_by_lr(monkeypatch, toy)
         toy.run("--trials=6", "--weight_decay=0")
         given = parse(PruneConfig, [f"--model={toy.folder.parent}", f"--data={toy.folder.parent}", *SMALL])
-        assert asdict(toy.seen[0]) == pytest.approx({**asdict(given), "weight_decay": 1e-4})  # zero has no place on a log scale
-        assert asdict(toy.seen[1]) == pytest.approx({**asdict(given), **tune.PAPER})
+        assert toy.seen[0] == replace(given, weight_decay=1e-4)  # zero has no place on a log scale: the least there is
+        assert toy.seen[1] == replace(given, **tune.PAPER)
         spans = tune.ranges(given)
         for cfg in toy.seen[2:]:
-            assert {k: v for k, v in asdict(cfg).items() if k not in tune.PAPER} == {k: v for k, v in asdict(given).items() if k not in tune.PAPER}
+            assert replace(cfg, **tune.PAPER) == replace(given, **tune.PAPER)  # all else as given
             assert all(spans[k][0] <= v <= spans[k][1] * (1 + 1e-6) for k, v in tune.searched(cfg).items())
         assert len({cfg.lr for cfg in toy.seen}) == 6
 
@@ -192,5 +192,7 @@ class TestWithOptuna:
 
     def test_prune_can_call_it(self, toy):
         cfg = parse(PruneConfig, [f"--model={toy.folder.parent}", f"--data={toy.folder.parent}", *SMALL])
-        tune.tune(cfg, 1)
+        assert prune.main([f"--model={toy.folder.parent}", f"--data={toy.folder.parent}", *SMALL, "--tune=1"]) == 0
+        assert len(toy.seen) == 1 and not (toy.folder / "circuit.json").exists()
+        tune.tune(cfg, 1)  # the trial is there
         assert len(toy.seen) == 1 and parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == toy.seen[0]
