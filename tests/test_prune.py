@@ -375,14 +375,15 @@ def test_all_tasks_give_a_table_the_geometric_mean_of_the_edges_and_the_reasons_
 
 
 def test_each_target_has_its_own_folder_and_table(everything, capsys):
-    assert everything("--target_loss=0.6,0.4") == 0
-    out = capsys.readouterr().out
-    for target in ("0.6", "0.4"):
-        assert f"target {target} nats" in out
-        for task in ("toy", "through"):
-            c = json.loads((everything.folder / task / f"target_{target}" / "circuit.json").read_text())
-            assert c["target_loss"] == float(target) and c["settings"]["target_loss"] == [0.6, 0.4]
-    assert out.count("geometric mean") == 2 and not (everything.folder / "toy" / "circuit.json").exists()
+    parallel_model(cross=-0.3).save(str(everything.folder))
+    assert everything("--target_loss=0.6,0.36") == 0
+    tables, found = capsys.readouterr().out.split("| task ")[1:], []
+    for target, table in zip(("0.6", "0.36"), tables, strict=True):
+        c = json.loads((everything.folder / "toy" / f"target_{target}" / "circuit.json").read_text())
+        assert c["target_loss"] == float(target) and c["settings"]["target_loss"] == [0.6, 0.36]
+        assert f"target {target} nats" in table and f"edges: {c['n_edges']:.1f} over 1 of 4 tasks" in table
+        found.append(c["n_edges"])
+    assert found[0] < found[1] and not (everything.folder / "toy" / "circuit.json").exists()
 
 
 def test_a_task_without_a_circuit_ends_nothing_and_no_circuit_at_all_is_exit_2(everything, monkeypatch, capsys):

@@ -183,8 +183,9 @@ def test_with_a_bound_on_necessity_no_node_goes_whose_ablation_the_model_needs_t
     def without_circuit(mask):
         return nats(margins(model, pairs, ablate({s: ~m for s, m in mask.items()}, constants)))
 
-    bound = without_circuit(alone.mask) + 0.01
-    assert bound < without_circuit(everything.mask)
+    low, high = without_circuit(alone.mask), without_circuit(everything.mask)
+    assert low < 0.5 and high > 0.69  # left with one mechanism, the model still knows the answer
+    bound = (low + high) / 2
     got = minimise(Search(model, constants, pairs), everything, target, lambda text: None, bound)
     assert got.loss <= target and without_circuit(got.mask) >= bound - 1e-4 and got.size[0] > alone.size[0]
     for part in parts_of(got):  # each part is needed for the one or for the other
