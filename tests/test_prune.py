@@ -256,8 +256,12 @@ def test_a_minimal_circuits_file_lists_what_is_left_and_only_that(tmp_path):
     assert c["loss_heldout"] == pytest.approx(nats(scaled(read(model, c, heldout), c["logit_scale"], c["logit_shift"])), abs=2e-5)
     with_it = {**c, "edges": [*c["edges"], [*removed[0], 0.0]]}
     assert abs(c["loss_heldout"] - nats(scaled(read(model, with_it, heldout), c["logit_scale"], c["logit_shift"]))) > 1e-3
-    shown = c["examples"][0]
+    shown, means = c["examples"][0], torch.tensor(c["means"]["0.attn.act_in"])
     assert shown["p_answer"] == pytest.approx(scaled(read(model, c, heldout), c["logit_scale"], c["logit_shift"])[0].sigmoid().item(), abs=1e-4)
+    first, second = (torch.tensor(shown["activations"]["0.attn.act_in"][c["nodes"]["0.attn.act_in"].index(i)]) for i in (0, 1))
+    value = shown["activations"]["0.attn.v"][c["nodes"]["0.attn.v"].index(1)]
+    assert value == pytest.approx((second - 0.3 * means[0]).tolist(), abs=2e-4)  # channel 0 no longer speaks here, its mean does
+    assert value != pytest.approx((second - 0.3 * first).tolist(), abs=1e-2)
 
 
 def test_a_circuit_is_certified_minimal_only_where_it_was_minimised(tmp_path):
