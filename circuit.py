@@ -162,7 +162,7 @@ def cuttable(model: GPT) -> GPT:
 def cut_(model: GPT, whole: GPT, mask: Nodes, edges: Edges, constants: Nodes) -> GPT:
     """Make `model` (a `cuttable` copy) the model `whole` less the weights between two nodes of `mask`
     that `edges` does not keep: each then contributes weight * constant, as if its source were ablated
-    for this one target."""
+    for this one target (of a value behind a sink, as if no attention went to the sink)."""
     for (a, b, w, bias), (_, _, w0, bias0) in zip(weights_between(model), weights_between(whole)):
         gone = w0 * (mask[b][:, None] & mask[a] & ~edges[a, b])
         torch.sub(w0, gone, out=w)
