@@ -98,10 +98,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mask):
         ctx.save_for_backward(mask)
-        if x.device.type != "cpu":
-            return torch.where(mask, x, 0)
-        ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        return mask.to(ints).mul_(x.view(ints)).view(x.dtype)  # exact, in a fifth of the time of where
+        return torch.where(mask, x, 0)
 
     @staticmethod
     def backward(ctx, grad):
