@@ -38,7 +38,7 @@ def topk_mask(x: Tensor, k: int) -> Tensor:
 
 
 def _break_ties(mag: Tensor, kth: Tensor, k: int) -> Tensor:
-    above, at = (mag <= kth).logical_not(), mag == kth  # so that a NaN is above
+    above, at = mag > kth, mag == kth
     room = k - above.sum(-1, keepdim=True)
     return above | (at & (at.cumsum(-1) <= room))
 

@@ -229,9 +229,3 @@ def test_attention_saves_nothing_that_grows_with_the_square_of_its_length():
     with torch.autograd.graph.saved_tensors_hooks(lambda z: sizes.append(z.numel()) or z, lambda z: z):
         sink_attention(*inputs)
     assert sizes and max(sizes) <= 2 * T * 8
-
-
-def test_a_nan_stays_visible_in_a_row_with_a_tie():
-    nan = float("nan")
-    assert torch.equal(topk_mask(torch.tensor([[nan, 1.0, 1.0, 1.0], [1.0, 0.5, nan, 1.0]]), 2),
-                       torch.tensor([[True, True, False, False], [True, False, True, False]]))
