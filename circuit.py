@@ -1,6 +1,6 @@
 """What a circuit is: some nodes and edges of a model, and the model run on those alone.
 
-- `ablate(gates, constants)`: a node function that holds the other nodes at constants (paper A.5).
+- `ablate(gates, constants)`: a node function that holds the other nodes at constants (paper A.5); `inverse`: these nodes.
 - `without_edges`: a model less some weights, whose mean contribution moves into the biases.
 - `last_logits`, `margins`, `loss_of`, `calibrate`: the model on a task's pairs, and the loss there.
 - `drop_unconnected`, `edges_of`, `count`: paths, edges and sizes (paper 2.2, Fig. 12).
@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
 from tasks import Pairs
 
@@ -46,6 +47,14 @@ class Circuit:
 
 # --- running a model with nodes replaced -----------------------------------------------------
 
+def load(model: str, tokenizer: str, device: str = "cpu"):
+    """A frozen model and a tokenizer, from their paths. ValueError or OSError where one is unusable or they do not match."""
+    gpt, tokens = GPT.load(model, device).requires_grad_(False), load_tokenizer(tokenizer)
+    if tokens.n_vocab != gpt.config.vocab_size:
+        raise ValueError(f"{tokenizer} has {tokens.n_vocab} tokens, the model {model} has {gpt.config.vocab_size}; give --tokenizer=FILE")
+    return gpt, tokens
+
+
 def ablate(gates: Nodes, constants: Nodes):
     """A node function: gate * x + (1 - gate) * constant at every site that `gates` names (paper A.5)."""
     def fn(site: str, x: Tensor) -> Tensor:
@@ -54,6 +63,11 @@ def ablate(gates: Nodes, constants: Nodes):
         c = constants[site]
         return c + gates[site] * (x - c)
     return fn
+
+
+def inverse(mask: Nodes, constants: Nodes):
+    """A node function that ablates the nodes of `mask` and no others (paper 2.2)."""
+    return ablate({site: ~m for site, m in mask.items()}, constants)
 
 
 def last_logits(model: GPT, pairs: Pairs, nodes=None) -> Tensor:
@@ -73,10 +87,9 @@ def finish(model: GPT, h: Tensor, pairs: Pairs, nodes=None) -> Tensor:
     The last sublayer is an MLP, which looks at no other token: it runs there alone. So `nodes` must not
     depend on the position.
     """
-    last = model.sublayers[-1]
+    last, rows = model.sublayers[-1], torch.arange(len(h), device=h.device)
     if model.config.d_pos_emb is not None:  # positions are read by their place in the sequence
         return unembed_last(model, last(h, nodes), pairs)
-    rows = torch.arange(len(h), device=h.device)
     h = last(h[rows, pairs.last].unsqueeze(1), nodes)
     return model.unembed(h, pairs.ids[rows, pairs.last].unsqueeze(1)).squeeze(1)
 
@@ -173,6 +186,11 @@ def cut_(model: GPT, whole: GPT, mask: Nodes, edges: Edges, constants: Nodes) ->
 def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
     """The model in which the circuit runs: a copy of `model` less the edges that were removed."""
     return cut_(cuttable(model), model, circuit.mask, circuit.edges, constants)
+
+
+def circuit_margins(model: GPT, circuit: Circuit, constants: Nodes, pairs: Pairs) -> Tensor:
+    """Right minus wrong logit (2n,) of the circuit alone, not calibrated."""
+    return margins(without_edges(model, circuit, constants), pairs, ablate(circuit.mask, constants))
 
 
 def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int], edges: Edges | None = None) -> Nodes:

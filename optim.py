@@ -129,12 +129,13 @@ class L0AdamW(torch.optim.AdamW):
             group.setdefault("target_density", None)
             group.setdefault("density", 1.0)
             group.setdefault("neuron_axis", None)
+            group.setdefault("lr_scale", 1.0)
             group.setdefault("min_per_neuron", min_per_neuron)
 
     def set_schedule(self, lr: float, progress_density) -> None:
-        """Set every group's learning rate, and its density from its target by `progress_density`."""
+        """Set every group's learning rate (times its `lr_scale`), and its density from its target by `progress_density`."""
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
             if group["target_density"] is not None:
                 group["density"] = progress_density(group["target_density"])
 

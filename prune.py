@@ -28,10 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuit import (Circuit, Nodes, ablate, calibrate, calibrated, count, drop_unconnected, edges_of, finish, hash_of, last_logits, loss_of,
-                     margins, without_edges)
+from circuit import (Circuit, Nodes, ablate, calibrate, calibrated, count, drop_unconnected, edges_of, finish, hash_of, inverse, last_logits,
+                     load, loss_of, margins, without_edges)
 from config import die, parse, write_atomic
-from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
 from search import Search, discretise, minimise
 from tasks import TASKS, Pairs, Task, load_pairs, task_loss
@@ -77,9 +76,8 @@ class PruneConfig:
 
 # --- means ----------------------------------------------------------------------------------
 
-@torch.no_grad()
-def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
-    """Mean activation of every node over `tokens` tokens of the uint16 file `path` (paper A.5).
+def samples(model: GPT, path: str, tokens: int, seed: int) -> Iterator[Tensor]:
+    """Random windows of the uint16 file `path`, `tokens` tokens in all, as batches (up to 32, block_size) of ids.
 
     ValueError if the file is no such data for this model; OSError if it is missing.
     """
@@ -90,17 +88,31 @@ def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
     if data.max() >= model.config.vocab_size:
         raise ValueError(f"{path} holds token id {data.max()}, past the model's vocabulary of {model.config.vocab_size}")
     starts = np.random.default_rng(seed).integers(0, len(data) - T + 1, max(1, tokens // T))
-    sums = {}
+    for i in range(0, len(starts), 32):
+        rows = np.stack([data[s : s + T] for s in starts[i : i + 32]]).astype(np.int64)
+        yield torch.from_numpy(rows).to(model.lm_head.weight.device)
+
+
+@torch.no_grad()
+def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
+    """Mean activation of every node over `tokens` tokens of pretraining data, as `samples` draws them (paper A.5)."""
+    sums, n = {}, 0
 
     def add(site, x):
         sums[site] = sums.get(site, 0) + x.double().sum((0, 1))
         return x
 
-    device = model.lm_head.weight.device
-    for i in range(0, len(starts), 32):
-        rows = np.stack([data[s : s + T] for s in starts[i : i + 32]]).astype(np.int64)
-        model.run(model.embed(torch.from_numpy(rows).to(device)), nodes=add)
-    return {site: (sums[site] / (len(starts) * T)).float() for site in model.sites}
+    for ids in samples(model, path, tokens, seed):
+        model.run(model.embed(ids), nodes=add)
+        n += ids.numel()
+    return {site: (sums[site] / n).float() for site in model.sites}
+
+
+def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
+    """What the config holds ablated nodes at."""
+    if cfg.ablation == "zero":
+        return {site: model.lm_head.weight.new_zeros(model.config.site_width(site)) for site in model.sites}
+    return node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
 
 
 # --- mask learning ---------------------------------------------------------------------------
@@ -234,7 +246,7 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
             raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} training pairs; raise --target_loss")
         mask, reduced, edges = circuit.mask, without_edges(model, circuit, constants), edges_of(model, circuit.mask, circuit.edges)
         kept = calibrated(margins(reduced, heldout, ablate(mask, constants)), circuit.scale, circuit.shift)
-        inverse = margins(model, heldout, ablate({s: ~m for s, m in mask.items()}, constants))
+        rest = margins(model, heldout, inverse(mask, constants))
         yield {
             "format": "sparse-circuit-1",
             "model": {"dir": cfg.model, "sha256": hash_of(cfg.model), **{k: getattr(model.config, k) for k in
@@ -249,7 +261,7 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
             "n_nodes": count(mask), "n_edges": len(edges),
             "validation": {
                 "sufficiency": loss_of(kept), "sufficiency_accuracy": (kept > 0).float().mean().item(),
-                "necessity": loss_of(inverse), "necessity_accuracy": (inverse > 0).float().mean().item(),
+                "necessity": loss_of(rest), "necessity_accuracy": (rest > 0).float().mean().item(),
                 "heldout_pairs": len(heldout),
                 "minimal": {"certified": True, "training_pairs": cfg.fit_pairs, "target": SLACK * target, "necessity": cfg.necessity,
                             "nodes_before": circuit.before[0], "edges_before": circuit.before[1]} if circuit.before else {"certified": False}},
@@ -351,15 +363,9 @@ def finished(cfg: PruneConfig, task: str) -> list[dict] | None:
 
 def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> list[dict]:
     """Load, prune, write the files of one task. ValueError or OSError, in one line, where that cannot be done."""
-    model = GPT.load(cfg.model, cfg.device).requires_grad_(False)
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    if tokenizer.n_vocab != model.config.vocab_size:
-        raise ValueError(f"{cfg.tokenizer} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    model, tokenizer = load(cfg.model, cfg.tokenizer, cfg.device)
     say(f"pruning {cfg.model} to the circuit of {task}; means over {cfg.mean_tokens} pretraining tokens")
-    constants = node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
-    if cfg.ablation == "zero":
-        constants = {site: torch.zeros_like(c) for site, c in constants.items()}
-    circuits = []
+    constants, circuits = constants_of(model, cfg), []
     for circuit in prune(model, TASKS[task], tokenizer, replace(cfg, task=task), constants, say):
         path = path_of(cfg, task, circuit["target_loss"])
         os.makedirs(os.path.dirname(path), exist_ok=True)

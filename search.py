@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuit import (Circuit, Edges, Nodes, ablate, all_edges, batches_of, calibrate, calibrated, cut_, cuttable, drop_unconnected,
-                     finish, loss_of, margin_of, margins)
+                     finish, inverse, loss_of, margin_of, margins)
 from model import GPT
 from tasks import Pairs
+
 
 class LiveLinear(nn.Linear):
     """A linear map most of whose inputs are constants: only the `live` ones are multiplied, the others go to the bias."""
@@ -62,7 +63,7 @@ class Search:
         n = sum(2 * len(part) for part in self.batches)
         for part, known in zip(self.batches, self.streams):
             chain = known[: start + 1]
-            for i, f in list(enumerate(self.scratch.sublayers))[start:-1]:
+            for i, f in enumerate(self.scratch.sublayers[start:-1], start):
                 chain.append(f(chain[-1], fn) if i not in still else chain[-1] + still[i])
             streams.append(chain)
             margin.append(margin_of(finish(self.scratch, chain[-1], part, fn), part))
@@ -82,8 +83,8 @@ class Search:
 
     def loss_without(self, mask: Nodes) -> float:
         """Nats of the whole model with only the nodes of `mask` ablated."""
-        inverse = ablate({s: ~m for s, m in mask.items()}, self.constants)
-        return sum(loss_of(margins(self.model, part, inverse)) * len(part) for part in self.batches) / sum(map(len, self.batches))
+        without_them = inverse(mask, self.constants)
+        return sum(loss_of(margins(self.model, part, without_them)) * len(part) for part in self.batches) / sum(map(len, self.batches))
 
     def _use_constants(self, mask: Nodes) -> dict[int, Tensor]:
         """Tell the linear maps which inputs live; return what the sublayers write that write constants."""

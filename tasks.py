@@ -360,9 +360,9 @@ def main(argv: list[str]) -> int:
         die(f"pairs must be at least 1, not {cfg.pairs}")
     tasks = [TASKS[cfg.task]] if cfg.task != "all" else TASKS.values()
     try:
-        tokenizer = load_tokenizer(cfg.tokenizer)
         if cfg.model:
-            return score(cfg, tasks, tokenizer)
+            return score(cfg, tasks)
+        tokenizer = load_tokenizer(cfg.tokenizer)
         for task in tasks:
             pairs = load_pairs(task, tokenizer, 2, "train", 256, cfg.seed)
             print(f"\n\n=== {task.name}: {task.description}{' (the last tokens tell)' * task.local}")
@@ -374,14 +374,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def score(cfg: TasksConfig, tasks, tokenizer) -> int:
+def score(cfg: TasksConfig, tasks) -> int:
     """Print the loss and the share of right answers of a model, task by task."""
-    from circuit import margins  # these two stand above this file
-    from model import GPT
+    from circuit import load, margins  # it stands above this file
 
-    model = GPT.load(cfg.model).requires_grad_(False)
-    if tokenizer.n_vocab != model.config.vocab_size:
-        raise ValueError(f"{cfg.tokenizer} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    model, tokenizer = load(cfg.model, cfg.tokenizer)
     print(f"{'task':28}  loss (nats)  accuracy")
     for task in tasks:
         pairs = load_pairs(task, tokenizer, cfg.pairs, "heldout", model.config.block_size, cfg.seed)

@@ -5,6 +5,7 @@
 - A run is a directory: the published model files, train.toml, log.jsonl, state.pt (to resume).
 - Data order is a function of (seed, step); a resumed run is bitwise the run that never stopped.
 - Ctrl-C, SIGTERM: the step is finished and saved. A loss that is not finite stops the run.
+- `begin`, `loop` and what they call is bridge.py's too; what the loop trains is a `Job`.
 
 Paper sections 2.1 and A.2.
 """
@@ -15,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +24,9 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import die, parse, to_toml, write_atomic
@@ -72,6 +76,30 @@ class TrainConfig:
     eval_interval: int = 250
     eval_tokens: int = 32768      # per part of the validation data
     save_interval: int = 250
+
+
+@dataclass
+class Run:
+    """What one process of a training run works with."""
+    cfg: TrainConfig
+    rank: int
+    world: int
+    device: str
+    train: np.ndarray   # token ids, uint16
+    val: np.ndarray
+    meta: dict
+    bigram: Tensor      # (vocab, vocab), log P(next | current) counted on the training data
+    say: Callable
+
+
+@dataclass
+class Job:
+    """What `loop` trains, as train.py and bridge.py put it together."""
+    net: nn.Module                  # net(x, y) -> (anything, the loss to minimise)
+    modules: dict[str, nn.Module]   # what learns; "model" is a GPT, kept in the published format, another is kept as NAME.pt
+    optimizer: L0AdamW
+    evaluate: Callable[[], tuple[dict, str]]  # what an evaluation adds to log.jsonl, and to the screen
+    describe: Callable[[object], dict] = lambda anything: {}  # of net's first output, for log.jsonl
 
 
 def check(cfg: TrainConfig, world: int) -> None:
@@ -150,13 +178,13 @@ def load_data(folder: str, block_size: int) -> tuple[np.ndarray, np.ndarray, dic
     return *arrays, meta | {"val_parts": parts}
 
 
-def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device: str) -> tuple[Tensor, Tensor]:
     """Token windows at `starts` and the same shifted by one: inputs and targets, each (B, T) int64."""
     rows = torch.from_numpy(np.stack([data[s : s + block_size + 1] for s in starts]).astype(np.int64)).to(device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def bigram_log_probs(train: np.ndarray, vocab: int) -> torch.Tensor:
+def bigram_log_probs(train: np.ndarray, vocab: int) -> Tensor:
     """(vocab, vocab): log P(next | current) counted on the training data, smoothed by the unigram."""
     counts = np.zeros(vocab * vocab, dtype=np.int64)
     for i in range(0, len(train) - 1, 1 << 24):  # in pieces: the data may not fit in memory as int64
@@ -170,11 +198,28 @@ def bigram_log_probs(train: np.ndarray, vocab: int) -> torch.Tensor:
 
 # --- evaluation and checkpoints --------------------------------------------------------------
 
+def over_parts(f: Callable[[Tensor, Tensor], Tensor], n: int, run: Run) -> dict[str, list[float]]:
+    """The mean of `f(inputs, targets)`, (n,), over fixed windows of each part of the validation data, over all processes."""
+    cfg, out = run.cfg, {}
+    for part, (a, b) in run.meta["val_parts"].items():
+        windows_in_part = max(1, min(cfg.eval_tokens, b - a - 1) // cfg.block_size)
+        starts = np.linspace(a, b - cfg.block_size - 1, windows_in_part).astype(np.int64)[run.rank :: run.world]
+        total = torch.zeros(n + 1, device=run.device)  # the last entry counts windows
+        for i in range(0, len(starts), 16):
+            x, y = windows(run.val, starts[i : i + 16], cfg.block_size, run.device)
+            with autocast(cfg, run.device):
+                values = f(x, y)
+            total += len(x) * F.pad(values.float(), (0, 1), value=1.0)
+        if run.world > 1:
+            dist.all_reduce(total)
+        out[part] = (total[:-1] / total[-1]).tolist()
+    return out
+
+
 @torch.no_grad()
-def evaluate(model: GPT, val: np.ndarray, meta: dict, cfg: TrainConfig, bigram: torch.Tensor, device: str,
-             rank: int, world: int) -> dict:
-    """Losses in nats on fixed windows of each part of the validation data, of the model and of the
-    counted bigram table alone, and the share of MLP neurons that no token of them switches on."""
+def evaluate(model: GPT, run: Run) -> tuple[dict, str]:
+    """Validation losses in nats, of the model and of the counted bigram table alone, and the share of MLP neurons that
+    no token switches on: for log.jsonl, and as a line of text."""
     model.eval()
     alive = {}
 
@@ -183,45 +228,47 @@ def evaluate(model: GPT, val: np.ndarray, meta: dict, cfg: TrainConfig, bigram: 
             alive[site] = alive.get(site, 0) + (x != 0).sum((0, 1)).float()
         return x
 
-    out = {"val_loss": {}, "bigram_loss": {}}
-    for part, (a, b) in meta["val_parts"].items():
-        n = max(1, min(cfg.eval_tokens, b - a - 1) // cfg.block_size)
-        starts = np.linspace(a, b - cfg.block_size - 1, n).astype(np.int64)[rank::world]
-        total = torch.zeros(3, device=device)  # sum of the model's losses, of the table's, windows
-        for i in range(0, len(starts), 16):
-            x, y = windows(val, starts[i : i + 16], cfg.block_size, device)
-            with autocast(cfg, device):
-                loss = model(x, y, nodes=watch)[1]
-            table = F.cross_entropy(bigram[x].flatten(0, 1), y.flatten())
-            total += torch.stack([loss.float() * len(x), table * len(x), torch.tensor(len(x), device=device)])
-        if world > 1:
-            dist.all_reduce(total)
-        out["val_loss"][part], out["bigram_loss"][part] = (total[:2] / total[2]).tolist()
-    counts = torch.stack([alive[s] for s in sorted(alive)]) if alive else torch.zeros(cfg.n_layer, model.config.d_mlp, device=device)
-    if world > 1:
+    losses = over_parts(lambda x, y: torch.stack([model(x, y, nodes=watch)[1].float(), F.cross_entropy(run.bigram[x].flatten(0, 1), y.flatten())]), 2, run)
+    counts = torch.stack([alive[s] for s in sorted(alive)]) if alive else torch.zeros(model.config.n_layer, model.config.d_mlp, device=run.device)
+    if run.world > 1:
         dist.all_reduce(counts)
-    out["dead_neurons"] = (counts == 0).float().mean().item()
+    dead = (counts == 0).float().mean().item()
     model.train()
-    return out
+    text = "  validation, nats per token: " + "; ".join(f"{p} {own:.3f} (bigram table alone {table:.3f})" for p, (own, table) in losses.items())
+    return {"val_loss": {p: own for p, (own, _) in losses.items()}, "bigram_loss": {p: table for p, (_, table) in losses.items()},
+            "dead_neurons": dead}, f"{text}; dead neurons {dead:.1%}"
 
 
 def autocast(cfg: TrainConfig, device: str):
     return torch.autocast(device, torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
 
 
-def save(cfg: TrainConfig, model: GPT, optimizer: L0AdamW, step: int) -> None:
+def script_of(cfg: TrainConfig) -> str:
+    return os.path.basename(sys.modules[type(cfg).__module__].__file__)
+
+
+def save(cfg: TrainConfig, job: Job, step: int) -> None:
     """The run directory. state.pt comes first and is complete in itself, so a kill between two
     files leaves a run that resumes. On a full disk the old files stay: one line, exit status 2."""
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(cfg)}
+    state = {"step": step, "config": asdict(cfg), "optimizer": job.optimizer.state_dict()}
     try:
-        write_atomic(os.path.join(cfg.out_dir, "state.pt"), partial(torch.save, state))
-        model.save(cfg.out_dir)
+        write_atomic(os.path.join(cfg.out_dir, "state.pt"), partial(torch.save, state | {k: m.state_dict() for k, m in job.modules.items()}))
+        save_modules(cfg, job)
     except OSError as e:
         die(f"the checkpoint of step {step} could not be saved ({e.strerror or e}); the one before it in {cfg.out_dir} is kept")
 
 
-def load_state(cfg: TrainConfig, device: str) -> dict | None:
-    """The state to go on from, or None to start anew. Exits if it is not a state of this run."""
+def save_modules(cfg: TrainConfig, job: Job) -> None:
+    for name, module in job.modules.items():
+        if name == "model":
+            module.save(cfg.out_dir)
+        else:
+            write_atomic(os.path.join(cfg.out_dir, f"{name}.pt"), partial(torch.save, module.state_dict()))
+
+
+def load_state(cfg: TrainConfig, device: str, names: Iterable[str]) -> dict | None:
+    """The state to go on from, or None to start anew. Exits if it is not a state of this run.
+    names: of the modules that it must hold."""
     path = os.path.join(cfg.out_dir, "state.pt")
     if not os.path.exists(path):
         return None
@@ -229,12 +276,12 @@ def load_state(cfg: TrainConfig, device: str) -> dict | None:
         die(f"{cfg.out_dir} already holds a run; go on with --resume=true, or choose another --out_dir")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        kinds = {"step": int, "config": dict, "model": dict, "optimizer": dict}
+        kinds = {"step": int, "config": dict, "optimizer": dict, **dict.fromkeys(names, dict)}
         good = isinstance(state, dict) and all(isinstance(state.get(k), t) for k, t in kinds.items())
     except Exception:  # torch.load raises many kinds on a truncated or foreign file
         good = False
     if not good:
-        die(f"{path} is truncated or not a checkpoint of train.py; remove it to start anew")
+        die(f"{path} is truncated or not a checkpoint of {script_of(cfg)}; remove it to start anew")
     old = state["config"]
     new = asdict(cfg)
     for key in ("n_layer", "d_model", "n_head", "d_head", "d_mlp", "block_size", "sink", "positions", "d_pos_emb", "bigram"):
@@ -257,8 +304,8 @@ def trim_log(path: str, step: int) -> None:
 
 # --- the loop --------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
-    cfg = parse(TrainConfig, argv)
+def begin(cfg: TrainConfig) -> Run:
+    """Checks, processes, data: exits with one line where a run cannot start."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(cfg, world)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
@@ -267,31 +314,46 @@ def main(argv: list[str]) -> int:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
-
     train, val, meta = load_data(cfg.data_dir, cfg.block_size)
     torch.manual_seed(cfg.seed)
-    model = GPT(model_config(cfg, meta["vocab_size"])).to(device)
-    bigram = bigram_log_probs(train, meta["vocab_size"]).to(device)
-    if cfg.bigram == "counts":
-        model.bigram_table.copy_(bigram)
-    if cfg.positions == "none":  # the published format always has the table; zeros add nothing
+    return Run(cfg, rank, world, device, train, val, meta, bigram_log_probs(train, meta["vocab_size"]).to(device),
+               partial(print, flush=True) if rank == 0 else lambda *_: None)
+
+
+def new_model(run: Run) -> GPT:
+    """The GPT of the config, from random weights."""
+    model = GPT(model_config(run.cfg, run.meta["vocab_size"])).to(run.device)
+    if run.cfg.bigram == "counts":
+        model.bigram_table.copy_(run.bigram)
+    if run.cfg.positions == "none":  # the published format always has the table; zeros add nothing
         model.transformer.wpe.weight.requires_grad_(False).zero_()
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = L0AdamW(param_groups(model, cfg.density, cfg.weight_decay), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                        eps=cfg.eps, min_per_neuron=cfg.min_per_neuron)
+    return model
+
+
+def optimizer_of(cfg: TrainConfig, model: GPT, others: Iterable[dict] = ()) -> L0AdamW:
+    """For the model's parameters, and for the `others` groups."""
+    return L0AdamW([*param_groups(model, cfg.density, cfg.weight_decay), *others], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                   eps=cfg.eps, min_per_neuron=cfg.min_per_neuron)
+
+
+def loop(run: Run, job: Job) -> int:
+    """Train `job` from its checkpoint, or from the start, to the end. Returns the exit status."""
+    cfg, rank, world, device, say = run.cfg, run.rank, run.world, run.device, run.say
+    parts = [[p for p in m.parameters() if p.requires_grad] for m in job.modules.values()]
+    params, optimizer = sum(parts, []), job.optimizer
     sparse = [p for g in optimizer.param_groups if g["target_density"] is not None for p in g["params"]]
 
     start = 0
-    if state := load_state(cfg, device):
+    if state := load_state(cfg, device, job.modules):
         start = state["step"]
         try:
-            model.load_weights(state["model"])
+            for name, module in job.modules.items():
+                (module.load_weights if name == "model" else module.load_state_dict)(state[name])
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"])
             for group, fresh in zip(optimizer.param_groups, settings):
                 group.update(fresh)  # moments from the checkpoint, settings from this run's config
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
             die(f"{cfg.out_dir}/state.pt does not fit this model: {e}")
         say(f"resuming {cfg.out_dir} at step {start}")
     log_path = os.path.join(cfg.out_dir, "log.jsonl")
@@ -303,13 +365,13 @@ def main(argv: list[str]) -> int:
         except OSError as e:
             die(f"cannot write to out_dir '{cfg.out_dir}': {e.strerror}")
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {sum(p.numel() for p in sparse) / 1e6:.2f}M of them to be sparse "
-        f"(density {cfg.density}), {len(train) / 1e6:.1f}M training tokens, {world} process(es) on {device}")
+        f"(density {cfg.density}), {len(run.train) / 1e6:.1f}M training tokens, {world} process(es) on {device}")
 
-    net = torch.compile(model) if cfg.compile else model
+    net = torch.compile(job.net) if cfg.compile else job.net
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
     if start >= cfg.max_steps and rank == 0:
-        model.save(cfg.out_dir)  # a kill between the last two files may have left the older model
+        save_modules(cfg, job)  # a kill between the last two files may have left the older model
     caught = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, frame: caught.append(number))
@@ -323,21 +385,21 @@ def main(argv: list[str]) -> int:
         optimizer.set_schedule(lr, partial(density_at, step, cfg.max_steps, start=cfg.anneal_start, end=cfg.anneal_end))
 
         # the step's whole batch is drawn from (seed, step); each process takes its own rows
-        starts = np.random.default_rng([cfg.seed, step]).integers(0, len(train) - cfg.block_size, cfg.batch_size)
+        starts = np.random.default_rng([cfg.seed, step]).integers(0, len(run.train) - cfg.block_size, cfg.batch_size)
         starts = starts[rank * per_process : (rank + 1) * per_process]
         loss = torch.zeros((), device=device)
         for i in range(cfg.grad_accum):
-            x, y = windows(train, starts[i * micro : (i + 1) * micro], cfg.block_size, device)
+            x, y = windows(run.train, starts[i * micro : (i + 1) * micro], cfg.block_size, device)
             last = i == cfg.grad_accum - 1
             with autocast(cfg, device), nullcontext() if world == 1 or last else net.no_sync():
-                part = net(x, y)[1] / cfg.grad_accum
-                part.backward()
-            loss += part.detach()
+                seen, part = net(x, y)
+                (part / cfg.grad_accum).backward()
+            loss += part.detach() / cfg.grad_accum
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        grad_rms = clip_rms_(params, cfg.grad_rms).item()
-        if not (math.isfinite(loss.item()) and math.isfinite(grad_rms)):
+        grad_rms, *others = (clip_rms_(part, cfg.grad_rms).item() for part in parts)
+        if not all(map(math.isfinite, (loss.item(), grad_rms, *others))):
             say(f"step {step + 1}: loss {loss.item()}, gradient RMS {grad_rms}: not finite, so the run stops here. "
                 f"The last good checkpoint is kept; try a lower lr than {cfg.lr}")
             return 1
@@ -360,15 +422,14 @@ def main(argv: list[str]) -> int:
             speed = (done - clock_step) * cfg.batch_size * cfg.block_size / (time.time() - clock)
             entry = {"step": done, "tokens": done * cfg.batch_size * cfg.block_size, "train_loss": loss.item(),
                      "density": density, "lr": lr, "grad_rms": grad_rms,
-                     "nonzeros": int(sum(p.count_nonzero() for p in sparse)), "tokens_per_s": round(speed)}
+                     "nonzeros": int(sum(p.count_nonzero() for p in sparse)), "tokens_per_s": round(speed), **job.describe(seen)}
             left = (cfg.max_steps - done) * cfg.batch_size * cfg.block_size / speed
             say(f"step {done}/{cfg.max_steps}  loss {loss.item():.3f}  density {density:.3f}  lr {lr:.4f}  "
                 f"{speed:,.0f} tokens/s  {left / 60:.1f} min left")
             if evaluating:
-                entry |= evaluate(model, val, meta, cfg, bigram, device, rank, world)
-                say("  validation, nats per token: " + "; ".join(
-                    f"{p} {entry['val_loss'][p]:.3f} (bigram table alone {entry['bigram_loss'][p]:.3f})" for p in meta["val_parts"])
-                    + f"; dead neurons {entry['dead_neurons']:.1%}")
+                measured, text = job.evaluate()
+                entry |= measured
+                say(text)
             if rank == 0:
                 try:
                     with open(log_path, "a", encoding="utf-8") as f:
@@ -377,14 +438,22 @@ def main(argv: list[str]) -> int:
                     die(f"cannot write {log_path} at step {done}: {e.strerror}; the last checkpoint in {cfg.out_dir} is kept")
             clock, clock_step = time.time(), done
         if rank == 0 and saving:
-            save(cfg, model, optimizer, done)
+            save(cfg, job, done)
         if stop and not final:
             command = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-            say(f"stopped after step {done}, all saved; go on with: {command} train.py "
+            say(f"stopped after step {done}, all saved; go on with: {command} {script_of(cfg)} "
                 f"{shlex.quote(f'--config={cfg.out_dir}/train.toml')} --resume=true")
             return 128 + stop
     say(f"done: {cfg.out_dir}")
     return 0
+
+
+
+
+def main(argv: list[str]) -> int:
+    run = begin(parse(TrainConfig, argv))
+    model = new_model(run)
+    return loop(run, Job(model, {"model": model}, optimizer_of(run.cfg, model), partial(evaluate, model, run)))
 
 
 if __name__ == "__main__":

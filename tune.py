@@ -20,11 +20,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-from circuit import calibrate, calibrated, hash_of, loss_of, margins
+from circuit import calibrate, calibrated, hash_of, load, loss_of, margins
 from config import die, parse, to_toml, write_atomic
-from data.tinypython.tokenizer import load_tokenizer
-from model import GPT
-from prune import PruneConfig, check, find, node_means
+from prune import PruneConfig, check, constants_of, find
 from tasks import TASKS, load_pairs
 
 PAPER = dict(k_coef=1e-4, init_noise_scale=1e-2, init_noise_bias=1e-1, weight_decay=1e-3, lr=3e-3, beta2=0.95, warmup=5e-2, heaviside_temp=1.0)
@@ -67,17 +65,13 @@ def tune(cfg: PruneConfig, n: int) -> None:
     given = PruneConfig(**{f.name: getattr(cfg, f.name) for f in fields(PruneConfig) if f.name != "tune"})
     plain, folder = replace(given, minimal=False), os.path.join(cfg.out_dir or cfg.model, cfg.task)
     try:
-        model, tokenizer = GPT.load(cfg.model, cfg.device).requires_grad_(False), load_tokenizer(cfg.tokenizer)
-        if tokenizer.n_vocab != model.config.vocab_size:
-            raise ValueError(f"{cfg.tokenizer} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+        model, tokenizer = load(cfg.model, cfg.tokenizer, cfg.device)
         pairs = load_pairs(TASKS[cfg.task], tokenizer, cfg.train_pairs, "train", model.config.block_size, cfg.seed).to(cfg.device)
         whole = margins(model, pairs.take(torch.arange(cfg.fit_pairs, device=cfg.device)))
         if not (loss := loss_of(calibrated(whole, *calibrate(whole)))) <= min(cfg.target_loss):
             raise ValueError(f"the unpruned model does not solve {cfg.task}: loss {loss:.3f} nats on training pairs, "
                              f"target {min(cfg.target_loss)}; train longer, or raise --target_loss")
-        constants = node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
-        if cfg.ablation == "zero":
-            constants = {site: torch.zeros_like(c) for site, c in constants.items()}
+        constants = constants_of(model, cfg)
 
         os.makedirs(folder, exist_ok=True)
         journal, toml = os.path.join(folder, "tune.journal"), os.path.join(folder, "tuned.toml")

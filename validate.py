@@ -27,18 +27,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import (Circuit, Nodes, ablate, batches_of, calibrate, calibrated, circuit_of, hash_of, last_logits, loss_of,
-                     margin_of, margins, read_circuit, unembed_last, without_edges)
+from circuit import (Circuit, Nodes, ablate, batches_of, calibrate, calibrated, circuit_margins, circuit_of, hash_of, inverse, last_logits,
+                     load, loss_of, margin_of, margins, read_circuit, unembed_last, without_edges)
 from config import die, parse, write_atomic
 from data.tinypython import idioms
-from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
-from prune import PruneConfig, find, node_means
+from prune import PruneConfig, constants_of, find, samples
 from tasks import ADJECTIVES, GROWN, NOUNS, TASKS, VARIABLES, VERBS, Pairs, Task, finished, load_pairs
 
 POSITIONS = 4096  # pretraining positions that resampled values come from
@@ -102,27 +100,23 @@ def sufficiency(case: Case) -> float:
 def necessity(case: Case) -> float:
     """Loss with only the circuit's nodes held at constants (inverse pruning, paper 2.2): whether the model depends on
     them. A low loss is a second way of doing the task; a high one can also be damage to something shared."""
-    return loss_of(margins(case.model, case.heldout, ablate({s: ~m for s, m in case.circuit.mask.items()}, case.constants)))
+    return loss_of(margins(case.model, case.heldout, inverse(case.circuit.mask, case.constants)))
 
 
 def zero_ablation(case: Case) -> dict:
     """Loss with zeros instead of means: how much the means do for the circuit (Drori 2026 prunes with zeros). Many
     nodes are never near zero, so that a high loss alone is no proof against it."""
     zeros = {s: torch.zeros_like(c) for s, c in case.constants.items()}
-    run = partial(margins, without_edges(case.model, case.circuit, zeros), nodes=ablate(case.circuit.mask, zeros))
+    run = partial(circuit_margins, case.model, case.circuit, zeros)
     return {"zero_ablation": case.loss(run(case.heldout)), "zero_ablation_refit": case.refit(run)}
 
 
 @torch.no_grad()
 def bank_of(model: GPT, path: str, n: int, seed: int) -> Nodes:
     """Every node's activations (about n, width) at random positions of the pretraining data, 16 to a random window."""
-    T, rng, rows = model.config.block_size, np.random.default_rng(seed), {}
-    node_means(model, path, T, seed)  # ValueError where the file is no such data
-    data, device = np.memmap(path, dtype="<u2", mode="r"), model.lm_head.weight.device
-    starts = rng.integers(0, len(data) - T + 1, max(1, n // 16))
-    for part in np.array_split(starts, (len(starts) + 31) // 32):
-        ids = torch.from_numpy(np.stack([data[s : s + T] for s in part]).astype(np.int64)).to(device)
-        row, at = torch.arange(len(ids)).repeat_interleave(16), torch.from_numpy(rng.integers(0, T, 16 * len(ids)))
+    T, generator, rows = model.config.block_size, torch.Generator().manual_seed(seed), {}
+    for ids in samples(model, path, max(1, n // 16) * T, seed):
+        row, at = torch.arange(len(ids)).repeat_interleave(16), torch.randint(T, (16 * len(ids),), generator=generator)
         model.run(model.embed(ids), nodes=lambda site, x: rows.setdefault(site, []).append(x[row, at]) or x)
     return {site: torch.cat(rows[site]) for site in model.sites}
 
@@ -164,8 +158,7 @@ def complement(case: Case) -> dict:
     little: a few random halves are a weak adversary, and the waking half can do the task by itself.
     Calibrated anew for each half, on training pairs: the circuit's scale and shift make up for the ablation of the
     whole complement, and the whole model needs none."""
-    losses = [case.refit(partial(margins, without_edges(case.model, c, case.constants), nodes=ablate(c.mask, case.constants)))
-              for c in halves(case)]
+    losses = [case.refit(partial(circuit_margins, case.model, c, case.constants)) for c in halves(case)]
     return {"complement_random": sum(losses) / len(losses), "complement_worst": max(losses)}
 
 
@@ -225,7 +218,7 @@ def nonsense(pairs: Pairs) -> Pairs:
 def control(case: Case, model: GPT, train: Pairs, heldout: Pairs, constants: Nodes, say) -> dict:
     """Prune with the circuit's own settings: what it comes to, and whether it meets the target on its training pairs."""
     found = next(iter(find(model, train, constants, case.settings, say)))
-    margin = margins(without_edges(model, found, constants), heldout, ablate(found.mask, constants))
+    margin = circuit_margins(model, found, constants, heldout)
     return {"loss": found.loss, "loss_heldout": loss_of(calibrated(margin, found.scale, found.shift)),
             "nodes": found.size[0], "edges": found.size[1], "met": found.loss <= case.settings.target_loss[0]}
 
@@ -251,9 +244,7 @@ def random_weights(case: Case, say) -> dict:
     """Prune a model with shuffled weights. Where that succeeds, masks solve the task with any features, or its last token
     gives it away, and a circuit of that size says nothing about training (Drori 2026). That it fails is of this shuffle."""
     model = shuffled(case.model, case.generator())
-    constants = node_means(model, case.data, case.settings.mean_tokens, case.settings.seed)
-    if case.settings.ablation == "zero":
-        constants = {s: torch.zeros_like(c) for s, c in constants.items()}
+    constants = constants_of(model, replace(case.settings, data=os.path.dirname(case.data)))
     return control(case, model, case.train, case.heldout, constants, say)
 
 
@@ -395,9 +386,7 @@ def case_of(cfg: ValidateConfig, c: dict) -> Case:
         raise ValueError(f"its model {folder} is not there; say where it is with --model=DIR")
     if hash_of(folder) != c["model"].get("sha256"):
         raise ValueError(f"the weights in {folder} are not those that it was found in; give --model=DIR, or prune the task again")
-    model, tokenizer = GPT.load(folder, cfg.device).requires_grad_(False), load_tokenizer(cfg.tokenizer)
-    if tokenizer.n_vocab != model.config.vocab_size:
-        raise ValueError(f"{cfg.tokenizer} has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}; give --tokenizer=FILE")
+    model, tokenizer = load(folder, cfg.tokenizer, cfg.device)
     try:
         settings, (circuit, constants) = settings_of(c), circuit_of(c, model)
     except (TypeError, IndexError) as e:

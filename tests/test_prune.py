@@ -347,7 +347,7 @@ def everything(tmp_path, monkeypatch):
     """Runs --task=all on four toy tasks: two can be solved, one cannot, one has an answer of two tokens."""
     monkeypatch.setattr(prune, "TASKS", ALL)
     monkeypatch.setattr(prune, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(prune, "load_tokenizer", lambda path: Digits())
+    monkeypatch.setattr("circuit.load_tokenizer", lambda path: Digits())
     toy_setup(tmp_path, two_tasks_model())
 
     def run(*args):

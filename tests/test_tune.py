@@ -26,7 +26,7 @@ def toy(tmp_path, monkeypatch):
     """Runs tune.py on the toy task; `toy.seen` are the settings of the trials."""
     for module in (prune, tune):
         monkeypatch.setattr(module, "TASKS", {"toy": TOY})
-        monkeypatch.setattr(module, "load_tokenizer", lambda path: Digits())
+        monkeypatch.setattr("circuit.load_tokenizer", lambda path: Digits())
     toy_setup(tmp_path)
     find, seen = tune.find, []
 

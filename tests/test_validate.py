@@ -385,7 +385,7 @@ def command(toy_run, tmp_path, monkeypatch):
     """Writes circuit files and runs validate.py on them: exit status, stdout, stderr."""
     c, folder = toy_run
     monkeypatch.setitem(TASKS, "toy", TOY)
-    monkeypatch.setattr(validate, "load_tokenizer", lambda path: Digits())
+    monkeypatch.setattr("circuit.load_tokenizer", lambda path: Digits())
     monkeypatch.setattr("sys.argv", ["validate.py"])
     path = tmp_path / "run" / "toy" / "circuit.json"
     path.parent.mkdir(parents=True)
