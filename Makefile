@@ -1,18 +1,24 @@
 # make demo: from nothing to a circuit in the browser.  make test: the whole suite.
-# Both make .venv first. Each target is redone only when something that it is made from is missing.
+# make bridge: a dense model, steered by what a circuit of a sparse one says.  make bench: every ratio of speeds in the README.
+# All make .venv first. Each target is redone only when something that it is made from is missing.
 PYTHON ?= python3
 PY := .venv/bin/python
 DATA := data/tinypython
 OUT := out/demo
+DENSE := out/demo_dense
+BRIDGE := out/demo_bridge
 TASK := single_double_quote
 
-.PHONY: demo test clean
+.PHONY: demo bridge bench test clean
 
 demo: $(OUT)/$(TASK)/circuit.json
 	@echo "== 4/4 measure how far to trust it (the two controls, minutes each: $(PY) validate.py --circuit=$<), draw it"
 	@$(PY) validate.py --circuit=$< --controls=false
 	@$(PY) view.py $<
 	@echo "Open the page above in a browser."
+
+bench: $(DATA)/meta.json
+	$(PY) bench.py --config=configs/demo.toml
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
@@ -37,6 +43,28 @@ $(OUT)/finished: $(DATA)/meta.json
 $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
 	@echo "== 3/4 prune to the circuit of $(TASK) (about 3 minutes)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
+
+bridge: $(BRIDGE)/$(TASK)/circuit.json .venv/matplotlib
+	@echo "== 5/5 steer the dense model by that circuit's nodes (about 3 minutes)"
+	$(PY) bridge.py --config=configs/demo_bridge.toml --out_dir=$(BRIDGE) --dense=$(DENSE) --steer --task=$(TASK)
+
+$(DENSE)/finished: $(DATA)/meta.json
+	@echo "== 2/5 train configs/demo_dense.toml (about 6 minutes on 2 cores; Ctrl-C saves, make bridge goes on)"
+	$(PY) train.py --config=configs/demo_dense.toml --out_dir=$(DENSE) --resume=true
+	@touch $@
+
+$(BRIDGE)/finished: $(DENSE)/finished
+	@echo "== 3/5 train configs/demo_bridge.toml, a sparse model bridged to it (about 25 minutes on 2 cores; Ctrl-C saves)"
+	$(PY) bridge.py --config=configs/demo_bridge.toml --out_dir=$(BRIDGE) --dense=$(DENSE) --resume=true
+	@touch $@
+
+$(BRIDGE)/$(TASK)/circuit.json: $(BRIDGE)/finished
+	@echo "== 4/5 prune the sparse model to the circuit of $(TASK) (about 2 minutes)"
+	$(PY) prune.py --model=$(BRIDGE) --task=$(TASK)
+
+.venv/matplotlib: requirements-extra.txt .venv/ready
+	$(PY) -m pip install -q --disable-pip-version-check $(shell grep -o '^matplotlib[^ ]*' requirements-extra.txt)
+	@touch $@
 
 clean:
 	rm -rf out .venv $(DATA)/*.bin $(DATA)/meta.json

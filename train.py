@@ -304,11 +304,15 @@ def trim_log(path: str, step: int) -> None:
 
 # --- the loop --------------------------------------------------------------------------------
 
+def device_of(cfg: TrainConfig) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+
+
 def begin(cfg: TrainConfig) -> Run:
     """Checks, processes, data: exits with one line where a run cannot start."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(cfg, world)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = device_of(cfg)
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":

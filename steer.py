@@ -1,0 +1,237 @@
+"""Steer a dense model by nodes of a circuit of the sparse model that it is bridged to (paper 3.3, A.4).
+
+- The nodes, residual reads of one site, take the values that they have on the other prompt of a pair; what that changes
+  goes through the bridge's decoder into the dense model's read at the same place, at strengths from 0 to 1.
+- Which nodes: named by hand, or those whose change moves the sparse model's own answer most, on training pairs.
+- Beside it: random directions of the same size, random nodes of the circuit, and the mean difference of the dense
+  model's own activations.
+
+    python bridge.py --steer --task=single_double_quote --circuit=out/demo_bridge/single_double_quote/circuit.json
+
+"""
+import difflib
+import json
+import math
+import os
+import shlex
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bridge import BridgeConfig, Coupled, load_bridged, streams
+from circuit import hash_of, load, margin_of, read_circuit, unembed_last
+from config import write_atomic
+from model import GPT
+from prune import samples
+from tasks import TASKS, Pairs, load_pairs
+from train import device_of
+
+STRENGTHS = [round(0.1 * i, 1) for i in range(11)]
+COMPARED = ("steered", "random", "random_node", "dense_mean_difference")
+Node = tuple[str, int]     # site and channel
+Reads = dict[str, Tensor]  # site of a residual read -> a model's post-norm activations (2n, T, d_model) there
+
+
+def site_index(site: str) -> int:
+    """0.attn.act_in -> 0, 0.mlp.act_in -> 1, 1.attn.act_in -> 2, ..."""
+    layer, kind, _ = site.split(".")
+    return 2 * int(layer) + (kind == "mlp")
+
+
+def norm_before(model: GPT, site: str) -> Tensor:
+    """The gain (d_model,) of the norm whose output the site reads."""
+    block = model.transformer.h[site_index(site) // 2]
+    return (block.ln_1 if ".attn." in site else block.ln_2).weight
+
+
+@torch.no_grad()
+def reads(model: GPT, pairs: Pairs) -> Reads:
+    out = {}
+    model.run(model.embed(pairs.ids), nodes=lambda site, x: out.setdefault(site, x) if site.endswith("act_in") else x)
+    return {site: x[..., : model.config.d_model] for site, x in out.items()}
+
+
+def toward_other(x: Tensor) -> Tensor:
+    """Counterfactual minus presented activation (2n, T, ..): the rows of a pair alternate."""
+    return x[torch.arange(len(x), device=x.device) ^ 1] - x
+
+
+@torch.no_grad()
+def rms_ratio(net: Coupled, path: str, tokens: int = 16384) -> list[float]:
+    """RMS of the sparse model's residual stream over the dense one's, per site, over random windows of `path`."""
+    squares = torch.zeros(2, len(net.bridges.encoders), dtype=torch.double)
+    for ids in samples(net.sparse, path, tokens, 0):
+        squares += torch.tensor([[h.square().mean().item() * len(ids) for h in streams(m, ids)] for m in (net.sparse, net.dense)])
+    return (squares[0] / squares[1]).sqrt().tolist()
+
+
+def perturbation(net: Coupled, site: str, channels: list[int], delta: Tensor, ratio: float) -> Tensor:
+    """(2n, T, d_dense): what the change `delta` (2n, T, d_sparse) of some channels of a post-norm read of the sparse model is
+    in the dense model's post-norm read there (A.4): the sparse norm's gain undone, delta times the decoder's rows, times
+    RMS_sparse / RMS_dense, times the dense norm's gain."""
+    gain = norm_before(net.sparse, site)[channels]
+    rows = net.bridges.decoders[site_index(site)].weight.T[channels]  # (channels, d_dense)
+    return (delta[..., channels] / torch.where(gain == 0, 1.0, gain)) @ rows * ratio * norm_before(net.dense, site)
+
+
+@torch.no_grad()
+def steered(model: GPT, pairs: Pairs, site: str, change: Tensor, strengths=STRENGTHS) -> Tensor:
+    """(strengths, 2n, 2): P of the counterfactual answer, between the two answers and among all tokens, of a model to
+    whose read at `site` strength x change (2n, T, d_model) is added."""
+    i, rows, out = site_index(site), torch.arange(len(pairs.ids), device=pairs.ids.device), []
+    h = streams(model, pairs.ids)[i]
+    for strength in strengths:
+        add = lambda s, x: x + F.pad(strength * change, (0, x.shape[-1] - change.shape[-1])) if s == site else x
+        logits = unembed_last(model, model.run(h, start=i, nodes=add if strength else None), pairs)
+        out.append(torch.stack([torch.sigmoid(-margin_of(logits, pairs)), logits.softmax(-1)[rows, pairs.wrong]], -1))
+    return torch.stack(out)
+
+
+def curve(p: Tensor) -> dict:
+    """(strengths, prompts) -> mean and quartiles per strength."""
+    q25, q75 = p.quantile(torch.tensor([0.25, 0.75], dtype=p.dtype, device=p.device), dim=1)
+    return {"mean": p.mean(1).tolist(), "q25": q25.tolist(), "q75": q75.tolist()}
+
+
+def choose(sparse: GPT, candidates: list[Node], pairs: Pairs, most: int) -> tuple[list[Node], Node]:
+    """Of the candidate reads (site, channel), at most `most` of one site, and a single one: those whose change to the other
+    prompt's activation moves the sparse model's own answer most. One read after the other joins, the best each time."""
+    seen, found = reads(sparse, pairs), []
+    for site in dict.fromkeys(s for s, _ in candidates):
+        delta, left, chosen = toward_other(seen[site]), [c for s, c in candidates if s == site], []
+        best = 0.0
+        while left and len(chosen) < most:
+            def moved(c):
+                change = torch.zeros_like(delta)
+                change[..., chosen + [c]] = delta[..., chosen + [c]]
+                return steered(sparse, pairs, site, change, [1.0])[0, :, 0].logit(1e-6).mean().item()
+            score, c = max((moved(c), c) for c in left)
+            if chosen and score <= best:
+                break
+            best = score
+            if not chosen:
+                single = (score, site, c)
+            chosen.append(c)
+            left.remove(c)
+        found.append((best, single, [(site, c) for c in chosen]))
+    _, site, c = max(single for _, single, _ in found)
+    return max(found)[2], (site, c)
+
+
+def mean_difference(x: Tensor, train: Pairs, pairs: Pairs) -> Tensor:
+    """(2n, T, d) for `pairs`: the mean change toward the other prompt of a read `x` on the pairs `train`; one vector for the
+    tokens that differ and one for those after them, in each direction."""
+    def places(of: Pairs):
+        rows, at = torch.arange(len(of.ids), device=of.ids.device), torch.arange(of.ids.shape[1], device=of.ids.device)
+        differs = of.ids != of.ids[rows ^ 1]
+        after = (differs.cumsum(1) > 0) & ~differs & (at <= of.last[:, None])
+        return [where & (rows % 2 == side)[:, None] for where in (differs, after) for side in (0, 1)]
+
+    delta, out = toward_other(x), x.new_zeros(*pairs.ids.shape, x.shape[-1])
+    for known, at in zip(places(train), places(pairs)):
+        if known.any():
+            out[at] = delta[known].mean(0)
+    return out
+
+
+def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, pairs: Pairs, ratio: list[float], cfg: BridgeConfig) -> dict:
+    """Steer `pairs` by `nodes`, all of one site, and by three things to compare with: random directions of the same size, as
+    many random nodes out of `others`, and the mean difference of the dense model's own reads of `train` at that site."""
+    generator, sparse_reads, site = torch.Generator().manual_seed(cfg.seed), reads(net.sparse, pairs), nodes[0][0]
+
+    def by(site: str, channels: list[int]) -> Tensor:
+        return perturbation(net, site, channels, toward_other(sparse_reads[site]), ratio[site_index(site)])
+
+    ours, random, random_node = by(site, [c for _, c in nodes]), [], []
+    for _ in range(cfg.draws):
+        direction = F.normalize(torch.randn(ours.shape[-1], generator=generator), dim=0).to(ours)
+        random.append(steered(net.dense, pairs, site, ours.norm(dim=-1, keepdim=True) * direction))
+        if others:
+            theirs = others[int(torch.randint(len(others), (1,), generator=generator))][0]
+            pool = [c for s, c in others if s == theirs]
+            drawn = torch.randperm(len(pool), generator=generator)[: len(nodes)].tolist()
+            random_node.append(steered(net.dense, pairs, theirs, by(theirs, [pool[i] for i in drawn])))
+    p = {"steered": steered(net.dense, pairs, site, ours), "random": torch.cat(random, 1),
+         "random_node": torch.cat(random_node, 1) if others else None,
+         "dense_mean_difference": steered(net.dense, pairs, site, mean_difference(reads(net.dense, train)[site], train, pairs))}
+    sides = (p["steered"][:, side::2, 0] for side in (0, 1))  # the prompts whose own answer is the task's first, and second
+    return {"nodes": [f"{s}.{c}" for s, c in nodes], **{k: curve(v[..., 0]) if v is not None else None for k, v in p.items()},
+            "absolute": {k: curve(v[..., 1]) if v is not None else None for k, v in p.items()},
+            "from_first": curve(next(sides)), "from_second": curve(next(sides))}
+
+
+def chosen_by_hand(cfg: BridgeConfig, candidates: list[Node]) -> list[Node]:
+    """--node as (site, channel); ValueError where it names no residual reads of the circuit, or of several sites."""
+    names = {f"{s}.{c}": (s, c) for s, c in candidates}
+    for name in (asked := cfg.node.split(",")):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ValueError(f"'{name}' is no residual read of the circuit; the nearest is '{near[0]}'")
+    if len({names[name][0] for name in asked}) > 1:
+        raise ValueError(f"the nodes must be of one site, not {cfg.node}")
+    return [names[name] for name in dict.fromkeys(asked)]
+
+
+def steer(cfg: BridgeConfig, argv: list[str]) -> None:
+    """Choose nodes, steer, write out_dir/steer/task/steer.json and, with matplotlib, steer.png; print the table."""
+    path = cfg.circuit or os.path.join(cfg.out_dir, cfg.task, "circuit.json")
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}; find it with python prune.py --model={cfg.out_dir} --task={cfg.task}")
+    c = read_circuit(path)
+    if c["task"] != cfg.task:
+        raise ValueError(f"{path} is a circuit of {c['task']}, not of {cfg.task}")
+    if c["model"]["sha256"] != hash_of(cfg.out_dir):
+        raise ValueError(f"{path} is a circuit of another model than {cfg.out_dir} (the weights differ); prune this one")
+    device = device_of(cfg)
+    net, (_, tokenizer) = load_bridged(cfg, device), load(cfg.out_dir, cfg.tokenizer, device)
+    T = net.sparse.config.block_size
+    train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((64, "train"), (cfg.pairs, "heldout")))
+    if (pairs.last[::2] != pairs.last[1::2]).any():
+        raise ValueError(f"the two prompts of a pair of {cfg.task} differ in length: activations cannot be exchanged token by token")
+    candidates = [(s, i) for s, channels in c["nodes"].items() if s.endswith("act_in") for i in channels if i < net.sparse.config.d_model]
+    if not candidates:
+        raise ValueError(f"{path} has no residual reads to steer by")
+    by_hand = chosen_by_hand(cfg, candidates) if cfg.node else None
+    nodes, single = choose(net.sparse, by_hand or candidates, train, len(by_hand) if by_hand else cfg.channels)
+    nodes, ratio = by_hand or nodes, rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
+    print(f"steering {cfg.dense} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, both ways")
+    result = {"task": cfg.task, "n_pairs": len(pairs), "strength": STRENGTHS,
+              **compare(net, nodes, [n for n in candidates if n not in nodes], train, pairs, ratio, cfg),
+              "best_single": compare(net, [single], [n for n in candidates if n != single], train, pairs, ratio, cfg),
+              "circuit": path, "dense": cfg.dense, "commands": [shlex.join(["python", "bridge.py", *argv])], "seed": cfg.seed}
+    folder = os.path.join(cfg.out_dir, "steer", cfg.task)
+    os.makedirs(folder, exist_ok=True)
+    write_atomic(os.path.join(folder, "steer.json"), lambda f: f.write(json.dumps(result).encode()))
+    for r in (result, result["best_single"]):
+        print(f"\n{', '.join(r['nodes'])}: P(the other prompt's answer, between the two), mean\n"
+              "  strength   steered   random direction   random node   dense mean difference   steered, among all tokens")
+        rows = zip(STRENGTHS, *((r[k] or {"mean": [math.nan] * 11})["mean"] for k in COMPARED), r["absolute"]["steered"]["mean"])
+        print("\n".join(f"  {s:8.1f}  {a:8.3f}  {b:17.3f}  {n:12.3f}  {d:22.3f}  {x:26.3f}" for s, a, b, n, d, x in rows))
+    print(f"\n{folder}/steer.json")
+    plot(result, os.path.join(folder, "steer.png"))
+
+
+def plot(result: dict, path: str) -> None:
+    """The curves with their quartiles; without matplotlib a line that says how to get it."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: it needs matplotlib: pip install -r requirements-extra.txt")
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, r in zip(axes, (result, result["best_single"])):
+        for name in COMPARED:
+            if r[name]:
+                line, = axis.plot(result["strength"], r[name]["mean"], label=name.replace("_", " "))
+                axis.fill_between(result["strength"], r[name]["q25"], r[name]["q75"], alpha=0.15, color=line.get_color())
+        axis.set_title(f"{len(r['nodes'])} channel(s) of {r['nodes'][0].rsplit('.', 1)[0]}")
+        axis.set_xlabel("steering strength")
+    axes[0].set_ylabel("P of the other prompt's answer")
+    axes[0].legend()
+    figure.suptitle(f"{result['task']}: the dense model, steered from the sparse one ({result['n_pairs']} held-out pairs, both ways)")
+    figure.tight_layout()
+    write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=120))
+    print(path)
