@@ -94,29 +94,27 @@ def curve(p: Tensor) -> dict:
     return {"mean": p.mean(1).tolist(), "q25": q25.tolist(), "q75": q75.tolist()}
 
 
-def choose(sparse: GPT, candidates: list[Node], pairs: Pairs, most: int) -> tuple[list[Node], Node]:
-    """Of the candidate reads (site, channel), at most `most` of one site, and a single one: those whose change to the other
-    prompt's activation moves the sparse model's own answer most. One read after the other joins, the best each time."""
-    seen, found = reads(sparse, pairs), []
-    for site in dict.fromkeys(s for s, _ in candidates):
-        delta, left, chosen = toward_other(seen[site]), [c for s, c in candidates if s == site], []
-        best = 0.0
-        while left and len(chosen) < most:
-            def moved(c):
-                change = torch.zeros_like(delta)
-                change[..., chosen + [c]] = delta[..., chosen + [c]]
-                return steered(sparse, pairs, site, change, [1.0])[0, :, 0].logit(1e-6).mean().item()
-            score, c = max((moved(c), c) for c in left)
-            if chosen and score <= best:
-                break
-            best = score
-            if not chosen:
-                single = (score, site, c)
-            chosen.append(c)
-            left.remove(c)
-        found.append((best, single, [(site, c) for c in chosen]))
-    _, site, c = max(single for _, single, _ in found)
-    return max(found)[2], (site, c)
+def choose(sparse: GPT, candidates: list[Node], pairs: Pairs, most: int) -> list[Node]:
+    """At most `most` of the candidate reads (site, channel), the best first: those whose change to the other prompt's
+    activation moves the sparse model's own answer most. The site is the one whose candidates do that best all together;
+    there one read after the other joins, the best each time, until none helps."""
+    seen = reads(sparse, pairs)
+
+    def moved(site: str, channels: list[int]) -> float:
+        """Mean log-odds of the other answer."""
+        change = torch.zeros_like(seen[site])
+        change[..., channels] = toward_other(seen[site])[..., channels]
+        return steered(sparse, pairs, site, change, [1.0])[0, :, 0].double().logit(1e-9).mean().item()
+
+    at = {site: [c for s, c in candidates if s == site] for site in dict.fromkeys(s for s, _ in candidates)}
+    site = max(at, key=lambda site: moved(site, at[site]))
+    left, chosen, best = at[site], [], -math.inf
+    while left and len(chosen) < most:
+        score, c = max((moved(site, chosen + [c]), c) for c in left)
+        if score <= best:
+            break
+        best, chosen, left = score, chosen + [c], [other for other in left if other != c]
+    return [(site, c) for c in chosen]
 
 
 def mean_difference(x: Tensor, train: Pairs, pairs: Pairs) -> Tensor:
@@ -137,22 +135,24 @@ def mean_difference(x: Tensor, train: Pairs, pairs: Pairs) -> Tensor:
 
 def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, pairs: Pairs, ratio: list[float], cfg: BridgeConfig) -> dict:
     """Steer `pairs` by `nodes`, all of one site, and by three things to compare with: random directions of the same size, as
-    many random nodes out of `others`, and the mean difference of the dense model's own reads of `train` at that site."""
-    generator, sparse_reads, site = torch.Generator().manual_seed(cfg.seed), reads(net.sparse, pairs), nodes[0][0]
+    many random nodes out of `others`, and the mean difference of the dense model's own reads of `train` at that site. Each
+    draw of the first two is of a quarter of the pairs, in turn."""
+    generator, site = torch.Generator().manual_seed(cfg.seed), nodes[0][0]
 
-    def by(site: str, channels: list[int]) -> Tensor:
-        return perturbation(net, site, channels, toward_other(sparse_reads[site]), ratio[site_index(site)])
+    def by(pairs: Pairs, site: str, channels: list[int]) -> Tensor:
+        return perturbation(net, site, channels, toward_other(reads(net.sparse, pairs)[site]), ratio[site_index(site)])
 
-    ours, random, random_node = by(site, [c for _, c in nodes]), [], []
-    for _ in range(cfg.draws):
-        direction = F.normalize(torch.randn(ours.shape[-1], generator=generator), dim=0).to(ours)
-        random.append(steered(net.dense, pairs, site, ours.norm(dim=-1, keepdim=True) * direction))
+    random, random_node, channels = [], [], [c for _, c in nodes]
+    for draw in range(cfg.draws):
+        part = pairs.take(torch.arange(draw % 4, len(pairs), 4, device=pairs.ids.device)) if len(pairs) >= 4 else pairs
+        direction = F.normalize(torch.randn(net.dense.config.d_model, generator=generator), dim=0).to(pairs.ids.device)
+        random.append(steered(net.dense, part, site, by(part, site, channels).norm(dim=-1, keepdim=True) * direction))
         if others:
             theirs = others[int(torch.randint(len(others), (1,), generator=generator))][0]
             pool = [c for s, c in others if s == theirs]
             drawn = torch.randperm(len(pool), generator=generator)[: len(nodes)].tolist()
-            random_node.append(steered(net.dense, pairs, theirs, by(theirs, [pool[i] for i in drawn])))
-    p = {"steered": steered(net.dense, pairs, site, ours), "random": torch.cat(random, 1),
+            random_node.append(steered(net.dense, part, theirs, by(part, theirs, [pool[i] for i in drawn])))
+    p = {"steered": steered(net.dense, pairs, site, by(pairs, site, channels)), "random": torch.cat(random, 1),
          "random_node": torch.cat(random_node, 1) if others else None,
          "dense_mean_difference": steered(net.dense, pairs, site, mean_difference(reads(net.dense, train)[site], train, pairs))}
     sides = (p["steered"][:, side::2, 0] for side in (0, 1))  # the prompts whose own answer is the task's first, and second
@@ -186,15 +186,15 @@ def steer(cfg: BridgeConfig, argv: list[str]) -> None:
     device = device_of(cfg)
     net, (_, tokenizer) = load_bridged(cfg, device), load(cfg.out_dir, cfg.tokenizer, device)
     T = net.sparse.config.block_size
-    train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((64, "train"), (cfg.pairs, "heldout")))
+    train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((48, "train"), (cfg.pairs, "heldout")))
     if (pairs.last[::2] != pairs.last[1::2]).any():
         raise ValueError(f"the two prompts of a pair of {cfg.task} differ in length: activations cannot be exchanged token by token")
     candidates = [(s, i) for s, channels in c["nodes"].items() if s.endswith("act_in") for i in channels if i < net.sparse.config.d_model]
     if not candidates:
         raise ValueError(f"{path} has no residual reads to steer by")
-    by_hand = chosen_by_hand(cfg, candidates) if cfg.node else None
-    nodes, single = choose(net.sparse, by_hand or candidates, train, len(by_hand) if by_hand else cfg.channels)
-    nodes, ratio = by_hand or nodes, rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
+    by_hand = chosen_by_hand(cfg, candidates) if cfg.node else []
+    nodes = choose(net.sparse, by_hand or candidates, train, cfg.channels)
+    nodes, single, ratio = by_hand or nodes, nodes[0], rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
     print(f"steering {cfg.dense} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, both ways")
     result = {"task": cfg.task, "n_pairs": len(pairs), "strength": STRENGTHS,
               **compare(net, nodes, [n for n in candidates if n not in nodes], train, pairs, ratio, cfg),

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 import bridge
 import train
 from bridge import Bridges, Coupled, kl, nmse, run_from, streams
-from test_train import BLOCK, ROOT, VOCAB, argv, as_alone, assert_same_run, at_step, data, log, same, state, weights  # noqa: F401
+from test_train import BLOCK, ROOT, argv, as_alone, assert_same_run, at_step, data, log, same, state, weights  # noqa: F401
 from toy import random_model
 
 WEIGHTS = (0.3, 0.5, 0.7, 1.1)

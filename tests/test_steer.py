@@ -115,10 +115,9 @@ def test_chosen_are_the_reads_that_move_the_answer_most():
     model.transformer.wte.weight[0, 3], model.transformer.wte.weight[1, 3] = 0.4, -0.4  # a second, weaker way
     model.transformer.h[0].attn.c_attn.weight[12 + 1, 3] = 1.0
     everything = [(site, c) for site in ("0.mlp.act_in", READ) for c in range(6)]
-    nodes, single = choose(model, everything, pairs, 8)
-    assert single == (READ, 0) and nodes[:2] == [(READ, 0), (READ, 3)]
-    assert choose(model, everything, pairs, 1) == ([(READ, 0)], (READ, 0))
-    assert choose(model, everything[:-6] + everything[-5:], pairs, 1)[0] == [(READ, 3)]  # without the strongest
+    assert choose(model, everything, pairs, 8)[:2] == [(READ, 0), (READ, 3)]
+    assert choose(model, everything, pairs, 1) == [(READ, 0)]
+    assert choose(model, everything[:-6] + everything[-5:], pairs, 1) == [(READ, 3)]  # without the strongest
 
 
 # --- the command -----------------------------------------------------------------------------------
