@@ -18,8 +18,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -378,6 +379,15 @@ def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> l
     return circuits
 
 
+def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
+    """f of each item, `jobs` processes at a time. Exits with one line where the system kills one."""
+    try:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            return list(pool.map(f, items))
+    except BrokenProcessPool:
+        die("a process was killed, perhaps for want of memory; what was finished is kept: run it again with fewer --jobs")
+
+
 def _one_of_many(cfg: PruneConfig, task: str) -> list[dict] | str:
     """What a worker process does: one thread, each line under its task's name, the reason instead of an exception."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // cfg.jobs))
@@ -389,8 +399,7 @@ def _one_of_many(cfg: PruneConfig, task: str) -> list[dict] | str:
 
 def prune_all(cfg: PruneConfig) -> None:
     """Every task, `jobs` at a time; then one table and the geometric mean of the edges (paper 2.2)."""
-    with ProcessPoolExecutor(cfg.jobs, get_context("spawn")) as pool:
-        results = dict(zip(TASKS, pool.map(partial(_one_of_many, cfg), TASKS)))
+    results = dict(zip(TASKS, in_processes(partial(_one_of_many, cfg), TASKS, cfg.jobs)))
     for task, reason in results.items():
         if isinstance(reason, str):
             print(f"{task}: no circuit: {reason}")

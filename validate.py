@@ -22,10 +22,8 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 
 import torch
 import torch.nn as nn
@@ -36,7 +34,7 @@ from circuit import (Circuit, Nodes, ablate, batches_of, calibrate, calibrated, 
 from config import die, parse, write_atomic
 from data.tinypython import idioms
 from model import GPT
-from prune import PruneConfig, constants_of, find, samples
+from prune import PruneConfig, constants_of, find, in_processes, samples
 from tasks import ADJECTIVES, GROWN, NOUNS, TASKS, VARIABLES, VERBS, Pairs, Task, finished, load_pairs
 
 POSITIONS = 4096  # pretraining positions that resampled values come from
@@ -433,11 +431,7 @@ def _one_of_many(cfg: ValidateConfig, path: str) -> dict | str:
 
 def validate_all(cfg: ValidateConfig, paths: list[str]) -> int:
     """Every circuit, `jobs` at a time, then one table; exit status 2 where any was refused."""
-    if cfg.jobs == 1:
-        results = [_one_of_many(cfg, path) for path in paths]
-    else:
-        with ProcessPoolExecutor(cfg.jobs, get_context("spawn")) as pool:
-            results = list(pool.map(partial(_one_of_many, cfg), paths))
+    results = in_processes(partial(_one_of_many, cfg), paths, cfg.jobs) if cfg.jobs > 1 else [_one_of_many(cfg, path) for path in paths]
     print("\n| task | nodes, edges |", *(f"{name} |" for name, *_ in LINES), *(f"{name}: loss, edges |" for name, _ in CONTROLS.values()), "trustworthy |")
     print("|---" * (len(LINES) + len(CONTROLS) + 3) + "|")
     for c in (c for c in results if isinstance(c, dict)):

@@ -2,7 +2,9 @@
 import hashlib
 import json
 import math
+import os
 import re
+import signal
 from collections import defaultdict
 from concurrent.futures import Executor, Future
 from dataclasses import replace
@@ -436,6 +438,19 @@ def test_a_task_is_redone_where_its_settings_its_file_or_the_model_changed(every
     everything(*args)
     second = stamps(everything.folder)
     assert [k.split("/")[0] for k in sorted(second) if second[k] != first[k]] == redone
+
+
+def die_by_signal(item):
+    os.kill(os.getpid(), signal.SIGKILL) if item == 2 else None
+    return item
+
+
+def test_a_killed_process_is_one_line(capsys):
+    assert prune.in_processes(abs, [-1, 2, -3], 2) == [1, 2, 3]
+    with pytest.raises(SystemExit) as e:
+        prune.in_processes(die_by_signal, [1, 2, 3], 1)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and "--jobs" in err
 
 
 def test_two_jobs_write_the_circuits_that_one_writes(model_dir, tmp_path, capsys):
