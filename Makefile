@@ -63,8 +63,7 @@ $(BRIDGE)/$(TASK)/circuit.json: $(BRIDGE)/finished
 	$(PY) prune.py --model=$(BRIDGE) --task=$(TASK)
 
 .venv/matplotlib: requirements-extra.txt .venv/ready
-	$(PY) -m pip install -q --disable-pip-version-check $(shell grep -o '^matplotlib[^ ]*' requirements-extra.txt)
-	@touch $@
+	-$(PY) -m pip install -q --disable-pip-version-check $(shell grep -o '^matplotlib[^ ]*' requirements-extra.txt) && touch $@
 
 clean:
 	rm -rf out .venv $(DATA)/*.bin $(DATA)/meta.json

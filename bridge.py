@@ -22,6 +22,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -34,25 +35,25 @@ from config import die, parse, write_atomic
 from kernels import abstopk
 from model import GPT
 from tasks import TASKS
-from train import Job, Run, TrainConfig, begin, device_of, evaluate, loop, new_model, optimizer_of, over_parts
+from train import Job, Run, TrainConfig, begin, check, device_of, evaluate, loop, new_model, optimizer_of, over_parts, windows
 
 TERMS = ("nmse_encoder", "nmse_decoder", "kl_sparse", "kl_dense")  # of each site, besides the sparse model's next-token loss
 
-MEASURED = ("nmse_encoder", "nmse_decoder", "dense_to_sparse", "sparse_to_dense", "dense_from_mean")
+HYBRIDS = ("dense_to_sparse", "sparse_to_dense")
+MEASURED = ("nmse_encoder", "nmse_decoder", *HYBRIDS, "dense_from_mean")  # of each site, by `measure`
 
 
 @dataclass
 class BridgeConfig(TrainConfig):
     out_dir: str = "out/demo_bridge"
     dense: str = "out/demo_dense"   # a directory in the published format, of the same depth; it does not learn
-    bridge_lr: float = 0.0005       # of the bridges; it follows the schedule of lr
+    bridge_lr: float = 0.0005       # of the bridges; it follows the schedule of lr, the factor 1/sqrt(density) included
     bridge_afrac: float = 0.25      # an encoder's AbsTopK keeps this fraction
     w_nmse_encoder: float = 0.2     # weights of the loss's terms, of each site; the next-token loss has 1
     w_nmse_decoder: float = 0.2
     w_kl_sparse: float = 1.0
     w_kl_dense: float = 1.0
-    bridge_rows: int = 0            # sequences of each (micro-)batch that the terms of the sites look at; 0 = all
-    kl_every: int = 1               # the KL terms look at every n-th token, beginning at one of the first n that the batch decides
+    bridge_rows: int = 0            # sequences of a step's batch that the terms of the sites look at; 0 = all
     recompute: bool = True          # the memory of one site's hybrid passes at a time, for one more forward pass of them
     eval: bool = False              # measure a bridged run instead of training one
     # steering
@@ -79,10 +80,10 @@ class Bridges(nn.Module):
         self.k, self.dense_hash = max(1, int(afrac * d_sparse)), dense_hash
 
     def encode(self, i: int, h: Tensor) -> Tensor:
-        return abstopk(self.encoders[i](h), self.k)
+        return abstopk(self.encoders[i](h).to(h.dtype), self.k)
 
     def decode(self, i: int, h: Tensor) -> Tensor:
-        return self.decoders[i](h)
+        return self.decoders[i](h).to(h.dtype)
 
     def get_extra_state(self) -> dict:
         return {"k": self.k, "dense": self.dense_hash}
@@ -114,26 +115,31 @@ def streams(model: GPT, idx: Tensor) -> list[Tensor]:
     return h
 
 
-def run_from(model: GPT, i: int, h: Tensor, idx: Tensor, at: slice = slice(None)) -> Tensor:
-    """A hybrid pass: logits (B, T, vocab), at the tokens `at`, of `model` whose stream at site i is `h`."""
-    return model.unembed(model.run(h, start=i)[:, at], idx[:, at])
+def run_from(model: GPT, i: int, h: Tensor, idx: Tensor) -> Tensor:
+    """A hybrid pass: logits (B, T, vocab) of `model` whose stream at site i is `h`."""
+    return model.unembed(model.run(h, start=i), idx)
 
 
 class Coupled(nn.Module):
     """The sparse model, the frozen dense model and the bridges between them."""
 
-    def __init__(self, sparse: GPT, dense: GPT, bridges: Bridges, weights: tuple[float, ...], rows: int = 0, kl_every: int = 1, recompute: bool = True):
+    def __init__(self, sparse: GPT, dense: GPT, bridges: Bridges, weights: tuple[float, ...], rows: int = 0, recompute: bool = True):
         super().__init__()
         self.sparse, self.dense, self.bridges = sparse, dense.requires_grad_(False).eval(), bridges
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
-        self.rows, self.kl_every, self.recompute = rows or None, kl_every, recompute
+        self.rows, self.recompute = rows or None, recompute
 
-    def site(self, i: int, dense_h: Tensor, sparse_h: Tensor, idx: Tensor, at: slice, dense_log_p: Tensor) -> Tensor:
-        """The four terms of site i, in the order of TERMS; the last two of the tokens `at`."""
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.dense.eval()  # it stays as it is
+        return self
+
+    def site(self, i: int, dense_h: Tensor, sparse_h: Tensor, idx: Tensor, dense_log_p: Tensor) -> Tensor:
+        """The four terms of site i, in the order of TERMS."""
         encoded, decoded = self.bridges.encode(i, dense_h), self.bridges.decode(i, sparse_h)
         return torch.stack([nmse(encoded, sparse_h), nmse(decoded, dense_h),
-                            kl(dense_log_p, run_from(self.sparse, i, encoded, idx, at)),
-                            kl(dense_log_p, run_from(self.dense, i, decoded, idx, at))])
+                            kl(dense_log_p, run_from(self.sparse, i, encoded, idx)),
+                            kl(dense_log_p, run_from(self.dense, i, decoded, idx))])
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """-> (next-token loss in nats, terms (n_sites, 4)), and the whole loss."""
@@ -142,12 +148,11 @@ class Coupled(nn.Module):
         idx, sparse_h = idx[: self.rows], [h[: self.rows] for h in sparse_h]
         with torch.no_grad():
             dense_h = streams(self.dense, idx)
-            at = slice(int(idx[0, 0]) % self.kl_every, None, self.kl_every)
-            dense_log_p = self.dense.unembed(dense_h[-1][:, at], idx[:, at]).float().log_softmax(-1)
-        # Recomputed, a step holds the graph of one site's two hybrid passes at a time, whatever the number of sites, and
-        # pays for those a second forward pass: about a quarter of the step. The streams and y^d are held once.
+            dense_log_p = self.dense.unembed(dense_h[-1], idx).float().log_softmax(-1)
+        # Recomputed, a step holds the graph of one site's two hybrid passes at a time, whatever the number of sites (and every
+        # site's stream, as the models' own passes do). It pays for that with a second forward pass of the hybrids.
         site = partial(checkpoint, self.site, use_reentrant=False) if self.recompute and self.training else self.site
-        terms = torch.stack([site(i, d, s, idx, at, dense_log_p) for i, (d, s) in enumerate(zip(dense_h, sparse_h))])
+        terms = torch.stack([site(i, d, s, idx, dense_log_p) for i, (d, s) in enumerate(zip(dense_h, sparse_h))])
         return (loss.detach(), terms.detach()), loss + (terms * self.weights).sum()
 
 
@@ -165,11 +170,13 @@ def load_dense(path: str, sparse: GPT, device: str) -> GPT:
     return dense
 
 
-def couple(cfg: BridgeConfig, sparse: GPT, device: str) -> Coupled:
-    """A sparse model with the dense one that the config names, and bridges from random weights."""
+def couple(cfg: BridgeConfig, sparse: GPT, device: str, rows: int = 0) -> Coupled:
+    """A sparse model with the dense one that the config names, and bridges from random weights. rows: see Coupled."""
+    if os.path.realpath(cfg.dense) == os.path.realpath(cfg.out_dir):
+        raise ValueError(f"out_dir and dense are both {cfg.dense}; the dense model must stay as it is")
     dense = load_dense(cfg.dense, sparse, device)
     bridges = Bridges(2 * sparse.config.n_layer + 1, dense.config.d_model, sparse.config.d_model, cfg.bridge_afrac, hash_of(cfg.dense))
-    return Coupled(sparse, dense, bridges, tuple(getattr(cfg, f"w_{t}") for t in TERMS), cfg.bridge_rows, cfg.kl_every, cfg.recompute).to(device)
+    return Coupled(sparse, dense, bridges, tuple(getattr(cfg, f"w_{t}") for t in TERMS), rows, cfg.recompute).to(device)
 
 
 def describe(seen: tuple[Tensor, Tensor]) -> dict:
@@ -180,10 +187,12 @@ def describe(seen: tuple[Tensor, Tensor]) -> dict:
 @torch.no_grad()
 def measure(net: Coupled, run: Run) -> dict:
     """Per part of the validation data: the losses of both models (nats), and per site the NMSE of encoder and decoder, the
-    loss of both hybrid passes, and that of the dense model with its mean stream there."""
+    loss of both hybrid passes, that of the dense model with its mean stream there, and how much of the loss beyond the
+    dense model's own that this costs each hybrid pass recovers (1: all)."""
     net.eval()
-    sites = range(len(net.bridges.encoders))
-    mean = [h.mean((0, 1)) for h in streams(net.dense, torch.from_numpy(run.train[: 32 * run.cfg.block_size].astype("int64")).view(32, -1).to(run.device))]
+    sites, T = range(len(net.bridges.encoders)), run.cfg.block_size
+    reference, _ = windows(run.train, np.linspace(0, len(run.train) - T - 1, 64).astype(np.int64), T, run.device)
+    mean = [h.mean((0, 1)) for h in streams(net.dense, reference)]
 
     def losses(x, y):
         loss = lambda logits: F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
@@ -197,30 +206,31 @@ def measure(net: Coupled, run: Run) -> dict:
 
     out = {}
     for part, values in over_parts(losses, 2 + len(MEASURED) * len(sites), run).items():
-        out[part] = {"sparse": values[0], "dense": values[1], **{n: values[2 + j :: len(MEASURED)] for j, n in enumerate(MEASURED)}}
+        m = {"sparse": values[0], "dense": values[1], **{n: values[2 + j :: len(MEASURED)] for j, n in enumerate(MEASURED)}}
+        recovered = {f"recovered_{k}": [(base - x) / (base - m["dense"]) for base, x in zip(m["dense_from_mean"], m[k])] for k in HYBRIDS}
+        out[part] = m | recovered
     net.train()
-    net.dense.eval()
     return out
 
 
 def table(measured: dict) -> str:
-    """`measure`'s result as text. Recovered: how much of the loss that the dense model has with a mean stream at the site,
-    beyond its own, the hybrid pass saves."""
+    """`measure`'s result as text."""
     rows = []
     for part, m in measured.items():
         rows += [f"{part}: dense model {m['dense']:.3f} nats, sparse model {m['sparse']:.3f}",
                  "  site   NMSE encoder  decoder   dense -> sparse: nats  recovered   sparse -> dense: nats  recovered"]
-        for i, (ne, nd, ds, sd, base) in enumerate(zip(*(m[k] for k in MEASURED))):
-            saved = [(base - x) / (base - m["dense"]) for x in (ds, sd)]
-            rows.append(f"  {i:4}   {ne:12.3f}  {nd:7.3f}   {ds:21.3f}  {saved[0]:9.1%}   {sd:21.3f}  {saved[1]:9.1%}")
+        for i, (ne, nd, ds, rds, sd, rsd) in enumerate(zip(*(m[k] for k in ("nmse_encoder", "nmse_decoder", *(n for h in HYBRIDS for n in (h, f"recovered_{h}")))))):
+            rows.append(f"  {i:4}   {ne:12.3f}  {nd:7.3f}   {ds:21.3f}  {rds:9.1%}   {sd:21.3f}  {rsd:9.1%}")
     return "\n".join(rows)
 
 
 def train(cfg: BridgeConfig) -> int:
     run = begin(cfg)
+    if cfg.bridge_rows % (run.world * cfg.grad_accum) or cfg.bridge_rows > cfg.batch_size:
+        die(f"bridge_rows {cfg.bridge_rows} must be at most batch_size and a multiple of {run.world} processes x {cfg.grad_accum} micro-steps")
     sparse = new_model(run)
     try:
-        net = couple(cfg, sparse, run.device)
+        net = couple(cfg, sparse, run.device, cfg.bridge_rows // (run.world * cfg.grad_accum))
     except (ValueError, OSError) as e:
         die(str(e))
     group = dict(params=list(net.bridges.parameters()), lr_scale=cfg.bridge_lr / cfg.lr, eps=1e-8, weight_decay=0.0)
@@ -259,7 +269,7 @@ def evaluate_run(cfg: BridgeConfig) -> None:
 def check_bridge(cfg: BridgeConfig) -> None:
     if cfg.task not in TASKS:
         die(f"unknown task '{cfg.task}'; the nearest is '{difflib.get_close_matches(cfg.task, TASKS, n=1, cutoff=0)[0]}'")
-    for name, least in (("channels", 1), ("pairs", 1), ("draws", 1), ("kl_every", 1), ("bridge_rows", 0), *((f"w_{t}", 0) for t in TERMS)):
+    for name, least in (("channels", 1), ("pairs", 1), ("draws", 1), ("bridge_rows", 0), *((f"w_{t}", 0) for t in TERMS)):
         if not least <= getattr(cfg, name) < math.inf:
             die(f"{name} must be at least {least}, not {getattr(cfg, name)}")
     if not 0 < cfg.bridge_afrac <= 1 or not 0 < cfg.bridge_lr < math.inf:
@@ -271,6 +281,9 @@ def main(argv: list[str]) -> int:
     check_bridge(cfg)
     if not (cfg.eval or cfg.steer):
         return train(cfg)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        die("--eval and --steer are for one process; call python bridge.py")
+    check(cfg, 1)
     try:
         if cfg.steer:
             from steer import steer  # it stands above this file

@@ -2,7 +2,8 @@
 
 - The nodes, residual reads of one site, take the values that they have on the other prompt of a pair; what that changes
   goes through the bridge's decoder into the dense model's read at the same place, at strengths from 0 to 1.
-- Which nodes: named by hand, or those whose change moves the sparse model's own answer most, on training pairs.
+- Which nodes: named by hand, or those whose change moves the sparse model's own answer most, on training pairs. Also the
+  best single one, by what it does to the dense model, on training pairs.
 - Beside it: random directions of the same size, random nodes of the circuit, and the mean difference of the dense
   model's own activations.
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bridge import BridgeConfig, Coupled, load_bridged, streams
-from circuit import hash_of, load, margin_of, read_circuit, unembed_last
+from circuit import circuit_of, hash_of, last_logits, load, margin_of, read_circuit
 from config import write_atomic
 from model import GPT
 from prune import samples
@@ -48,8 +49,14 @@ def norm_before(model: GPT, site: str) -> Tensor:
 @torch.no_grad()
 def reads(model: GPT, pairs: Pairs) -> Reads:
     out = {}
-    model.run(model.embed(pairs.ids), nodes=lambda site, x: out.setdefault(site, x) if site.endswith("act_in") else x)
-    return {site: x[..., : model.config.d_model] for site, x in out.items()}
+
+    def record(site, x):
+        if site.endswith("act_in"):
+            out[site] = x[..., : model.config.d_model]  # concatenated positions are no part of the stream
+        return x
+
+    model.run(model.embed(pairs.ids), nodes=record)
+    return out
 
 
 def toward_other(x: Tensor) -> Tensor:
@@ -76,14 +83,16 @@ def perturbation(net: Coupled, site: str, channels: list[int], delta: Tensor, ra
 
 
 @torch.no_grad()
+def changed(model: GPT, pairs: Pairs, site: str, change: Tensor) -> Tensor:
+    """Last logits (2n, vocab) of a model to whose read at `site` `change` (2n, T, d_model) is added."""
+    return last_logits(model, pairs, lambda s, x: x + F.pad(change, (0, x.shape[-1] - change.shape[-1])) if s == site else x)
+
+
 def steered(model: GPT, pairs: Pairs, site: str, change: Tensor, strengths=STRENGTHS) -> Tensor:
-    """(strengths, 2n, 2): P of the counterfactual answer, between the two answers and among all tokens, of a model to
-    whose read at `site` strength x change (2n, T, d_model) is added."""
-    i, rows, out = site_index(site), torch.arange(len(pairs.ids), device=pairs.ids.device), []
-    h = streams(model, pairs.ids)[i]
+    """(strengths, 2n, 2): P of the counterfactual answer, between the two answers and among all tokens."""
+    rows, out = torch.arange(len(pairs.ids), device=pairs.ids.device), []
     for strength in strengths:
-        add = lambda s, x: x + F.pad(strength * change, (0, x.shape[-1] - change.shape[-1])) if s == site else x
-        logits = unembed_last(model, model.run(h, start=i, nodes=add if strength else None), pairs)
+        logits = changed(model, pairs, site, strength * change)
         out.append(torch.stack([torch.sigmoid(-margin_of(logits, pairs)), logits.softmax(-1)[rows, pairs.wrong]], -1))
     return torch.stack(out)
 
@@ -104,7 +113,7 @@ def choose(sparse: GPT, candidates: list[Node], pairs: Pairs, most: int) -> list
         """Mean log-odds of the other answer."""
         change = torch.zeros_like(seen[site])
         change[..., channels] = toward_other(seen[site])[..., channels]
-        return steered(sparse, pairs, site, change, [1.0])[0, :, 0].double().logit(1e-9).mean().item()
+        return -margin_of(changed(sparse, pairs, site, change), pairs).mean().item()
 
     at = {site: [c for s, c in candidates if s == site] for site in dict.fromkeys(s for s, _ in candidates)}
     site = max(at, key=lambda site: moved(site, at[site]))
@@ -115,6 +124,17 @@ def choose(sparse: GPT, candidates: list[Node], pairs: Pairs, most: int) -> list
             break
         best, chosen, left = score, chosen + [c], [other for other in left if other != c]
     return [(site, c) for c in chosen]
+
+
+def best_single(net: Coupled, candidates: list[Node], pairs: Pairs, ratio: list[float]) -> Node:
+    """The one read of any site that moves the dense model most, on training pairs."""
+    seen = reads(net.sparse, pairs)
+
+    def moved(node: Node) -> float:
+        change = perturbation(net, node[0], [node[1]], toward_other(seen[node[0]]), ratio[site_index(node[0])])
+        return -margin_of(changed(net.dense, pairs, node[0], change), pairs).mean().item()
+
+    return max(candidates, key=moved)
 
 
 def mean_difference(x: Tensor, train: Pairs, pairs: Pairs) -> Tensor:
@@ -155,10 +175,13 @@ def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, p
     p = {"steered": steered(net.dense, pairs, site, by(pairs, site, channels)), "random": torch.cat(random, 1),
          "random_node": torch.cat(random_node, 1) if others else None,
          "dense_mean_difference": steered(net.dense, pairs, site, mean_difference(reads(net.dense, train)[site], train, pairs))}
-    sides = (p["steered"][:, side::2, 0] for side in (0, 1))  # the prompts whose own answer is the task's first, and second
-    return {"nodes": [f"{s}.{c}" for s, c in nodes], **{k: curve(v[..., 0]) if v is not None else None for k, v in p.items()},
-            "absolute": {k: curve(v[..., 1]) if v is not None else None for k, v in p.items()},
-            "from_first": curve(next(sides)), "from_second": curve(next(sides))}
+
+    def curves(rows: slice) -> dict:
+        between, absolute = ({k: curve(v[:, rows, j]) if v is not None else None for k, v in p.items()} for j in (0, 1))
+        return between | {"absolute": absolute}
+
+    return {"nodes": [f"{s}.{c}" for s, c in nodes], **curves(slice(None)), "from_first": curves(slice(0, None, 2)),
+            "from_second": curves(slice(1, None, 2))}  # the prompts whose own answer is the task's first, and its second
 
 
 def chosen_by_hand(cfg: BridgeConfig, candidates: list[Node]) -> list[Node]:
@@ -179,22 +202,29 @@ def steer(cfg: BridgeConfig, argv: list[str]) -> None:
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}; find it with python prune.py --model={cfg.out_dir} --task={cfg.task}")
     c = read_circuit(path)
-    if c["task"] != cfg.task:
-        raise ValueError(f"{path} is a circuit of {c['task']}, not of {cfg.task}")
-    if c["model"]["sha256"] != hash_of(cfg.out_dir):
+    if c.get("task") != cfg.task:
+        raise ValueError(f"{path} is a circuit of {c.get('task')}, not of {cfg.task}")
+    if c["model"].get("sha256") != hash_of(cfg.out_dir):
         raise ValueError(f"{path} is a circuit of another model than {cfg.out_dir} (the weights differ); prune this one")
     device = device_of(cfg)
     net, (_, tokenizer) = load_bridged(cfg, device), load(cfg.out_dir, cfg.tokenizer, device)
     T = net.sparse.config.block_size
     train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((48, "train"), (cfg.pairs, "heldout")))
-    if (pairs.last[::2] != pairs.last[1::2]).any():
+    if not (net.sparse.config.rms_norm and net.dense.config.rms_norm):
+        raise ValueError("steering needs models with RMSNorm: a LayerNorm's read is not the stream times a gain")
+    try:
+        circuit_of(c, net.sparse)
+    except (ValueError, TypeError, IndexError) as e:
+        raise ValueError(f"{path}: {e}") from e
+    if any((p.last[::2] != p.last[1::2]).any() for p in (train, pairs)):
         raise ValueError(f"the two prompts of a pair of {cfg.task} differ in length: activations cannot be exchanged token by token")
     candidates = [(s, i) for s, channels in c["nodes"].items() if s.endswith("act_in") for i in channels if i < net.sparse.config.d_model]
     if not candidates:
         raise ValueError(f"{path} has no residual reads to steer by")
     by_hand = chosen_by_hand(cfg, candidates) if cfg.node else []
     nodes = choose(net.sparse, by_hand or candidates, train, cfg.channels)
-    nodes, single, ratio = by_hand or nodes, nodes[0], rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
+    nodes, ratio = by_hand or nodes, rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
+    single = best_single(net, by_hand or candidates, train, ratio)
     print(f"steering {cfg.dense} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, both ways")
     result = {"task": cfg.task, "n_pairs": len(pairs), "strength": STRENGTHS,
               **compare(net, nodes, [n for n in candidates if n not in nodes], train, pairs, ratio, cfg),

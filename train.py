@@ -95,11 +95,11 @@ class Run:
 @dataclass
 class Job:
     """What `loop` trains, as train.py and bridge.py put it together."""
-    net: nn.Module                  # net(x, y) -> (anything, the loss to minimise)
+    net: nn.Module                  # net(x, y) -> (what `describe` reads, the loss to minimise)
     modules: dict[str, nn.Module]   # what learns; "model" is a GPT, kept in the published format, another is kept as NAME.pt
     optimizer: L0AdamW
     evaluate: Callable[[], tuple[dict, str]]  # what an evaluation adds to log.jsonl, and to the screen
-    describe: Callable[[object], dict] = lambda anything: {}  # of net's first output, for log.jsonl
+    describe: Callable[[object], dict] = lambda seen: {}  # net's first output, in the last micro-step of process 0, for log.jsonl
 
 
 def check(cfg: TrainConfig, world: int) -> None:
@@ -284,8 +284,8 @@ def load_state(cfg: TrainConfig, device: str, names: Iterable[str]) -> dict | No
         die(f"{path} is truncated or not a checkpoint of {script_of(cfg)}; remove it to start anew")
     old = state["config"]
     new = asdict(cfg)
-    for key in ("n_layer", "d_model", "n_head", "d_head", "d_mlp", "block_size", "sink", "positions", "d_pos_emb", "bigram"):
-        if old.get(key) != new[key]:
+    for key in ("n_layer", "d_model", "n_head", "d_head", "d_mlp", "block_size", "sink", "positions", "d_pos_emb", "bigram", "bridge_afrac"):
+        if key in new and old.get(key) != new[key]:
             die(f"cannot resume: {path} has {key} {old.get(key)}, this run {new[key]}; use the same, or another --out_dir")
     free = ("resume", "out_dir", "log_interval", "eval_interval", "eval_tokens", "save_interval")
     changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k not in free]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import bridge
 import train
-from bridge import Bridges, Coupled, kl, nmse, run_from, streams
+from bridge import Bridges, Coupled, kl, nmse
 from test_train import BLOCK, ROOT, argv, as_alone, assert_same_run, at_step, data, log, same, state, weights  # noqa: F401
 from toy import random_model
 
@@ -123,18 +123,13 @@ def test_each_term_is_its_formula_weighed_and_summed_over_sites(seed):
     assert whole.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_terms_look_at_the_first_rows_and_the_kl_at_every_nth_token(seed):
+def test_the_terms_look_at_the_first_rows_alone(seed):
     sparse, dense, bridges = random_model(n_layer=1), random_model(n_layer=1, d_model=8), Bridges(3, 8, 6, 0.5)
     x, y = tokens(), tokens()
-    few = Coupled(sparse, dense, bridges, WEIGHTS, rows=2, kl_every=3)(x, y)[0]
+    few = Coupled(sparse, dense, bridges, WEIGHTS, rows=2)(x, y)[0]
     alone = Coupled(sparse, dense, bridges, WEIGHTS)(x[:2], y[:2])[0]
     assert few[0].item() == pytest.approx(sparse(x, y)[1].item(), rel=1e-6)  # the next-token loss is of all rows
-    assert torch.allclose(few[1][:, :2], alone[1][:, :2], rtol=1e-5)
-    first, idx = int(x[0, 0]) % 3, x[:2]
-    log_p = dense(idx)[0].log_softmax(-1)[:, first::3]
-    for i, h in enumerate(streams(sparse, idx)):
-        expected = kl(log_p, run_from(dense, i, bridges.decode(i, h), idx)[:, first::3])
-        assert few[1][i, 3].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.allclose(few[1], alone[1], rtol=1e-5)
 
 
 # --- the step --------------------------------------------------------------------------------------
@@ -186,12 +181,14 @@ def held_alone(n_layer, x, y):
     return held(lambda x, y: model(x, y), x, y)
 
 
-def test_the_dense_model_does_not_learn(data, pair, tmp_path):
-    before = (pair.dense / "final_model.pt").read_bytes()
-    dense = torch.load(pair.dense / "final_model.pt", weights_only=True)
-    net = bridge.load_bridged(pair.cfg, "cpu")
-    assert same(dict(net.dense.state_dict()), dense)
-    assert (pair.dense / "final_model.pt").read_bytes() == before
+def test_the_dense_model_does_not_learn(data, pair, tmp_path, monkeypatch):
+    nets = []
+    monkeypatch.setattr(bridge, "loop", lambda run, job: nets.append(job.net) or train.loop(run, job))
+    before = torch.load(pair.dense / "final_model.pt", weights_only=True)
+    assert bridge.main(argv(data, tmp_path / "run", **pair.options)) == 0
+    assert same(dict(nets[0].dense.state_dict()), before) and same(weights(pair.dense), before)
+    assert not nets[0].dense.training and all(p.grad is None for p in nets[0].dense.parameters())
+    assert same(dict(nets[0].sparse.state_dict()), weights(tmp_path / "run"))  # this is the pair that was trained
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -245,23 +242,26 @@ def test_a_stopped_run_goes_on_to_the_same_bits(data, pair, tmp_path, monkeypatc
 
 
 def test_two_processes_hold_the_same_weights_and_about_the_losses_of_one(data, pair, tmp_path):
+    options = {**pair.options, "w_nmse_encoder": 0, "w_nmse_decoder": 0}  # each process normalises its own squared errors
     two, one = tmp_path / "two", tmp_path / "one"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-addr=127.0.0.1", f"--master-port={port}",
-                           str(ROOT / "bridge.py"), *argv(data, two, **pair.options)], capture_output=True, text=True, timeout=120,
+                           str(ROOT / "bridge.py"), *argv(data, two, **options)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert bridge.main(argv(data, one, **pair.options)) == 0
-    for a, b in zip(log(one), log(two), strict=True):  # each process normalises its own squared errors: not quite the same
-        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.02)
-    assert log(two)[-1]["val_loss"]["idioms"] == pytest.approx(log(one)[-1]["val_loss"]["idioms"], rel=0.01)
+    assert bridge.main(argv(data, one, **options)) == 0
+    for a, b in zip(log(one), log(two), strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+    for key, w in weights(one).items():  # AdamW turns the last bit of a gradient into more, but not into much more
+        assert torch.allclose(weights(two)[key], w, atol=2e-3), key
 
 
 def test_compiled_it_learns_the_same(data, pair, tmp_path):
-    assert bridge.main(argv(data, tmp_path / "run", **pair.options, compile="true", max_steps=4)) == 0
-    for a, b in zip(log(pair.sparse), log(tmp_path / "run")[:1]):
+    for name in ("false", "true"):
+        assert bridge.main(argv(data, tmp_path / name, **pair.options, compile=name, max_steps=4, eval_interval=4)) == 0
+    for a, b in zip(log(tmp_path / "false"), log(tmp_path / "true"), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
 
 
@@ -277,6 +277,7 @@ def test_eval_reports_each_site_and_writes_what_it_reports(pair, data, capsys):
             assert value == pytest.approx(last[part][key], rel=1e-4), (part, key)
         row = [line for line in out.split(f"{part}: ")[1].splitlines()[2:5]][1].split()  # site 1
         saved = (m["dense_from_mean"][1] - m["dense_to_sparse"][1]) / (m["dense_from_mean"][1] - m["dense"])
+        assert m["recovered_dense_to_sparse"][1] == pytest.approx(saved, rel=1e-5)
         assert row[0] == "1" and float(row[3]) == pytest.approx(m["dense_to_sparse"][1], abs=6e-4)
         assert float(row[4].rstrip("%")) == pytest.approx(100 * saved, abs=0.06)
 
@@ -298,7 +299,10 @@ def test_a_dense_model_that_cannot_be_coupled_is_refused_before_anything_is_writ
     refused(capsys, argv(data, out, **pair.options, n_layer=2), "n_layer", "1", "2", str(pair.dense))
     refused(capsys, argv(data, out, **pair.options, block_size=BLOCK + 1), "block_size", str(BLOCK + 1))
     refused(capsys, argv(data, out, dense=tmp_path / "none"), "not a model directory")
-    for key, value in dict(w_kl_dense=-1, bridge_afrac=0, bridge_lr=0, kl_every=0, bridge_rows=-1, task="quotes").items():
+    refused(capsys, argv(data, pair.dense, dense=pair.dense, resume=True), "out_dir and dense")
+    refused(capsys, argv(data, out, **pair.options, grad_accum=2, bridge_rows=3), "bridge_rows 3")
+    refused(capsys, argv(data, out, **pair.options, eval=True, device="gpu"), "device")
+    for key, value in dict(w_kl_dense=-1, bridge_afrac=0, bridge_lr=0, bridge_rows=-1, task="quotes").items():
         refused(capsys, argv(data, out, **pair.options, **{key: value}), key.split("_")[0])
     assert not out.exists()
 

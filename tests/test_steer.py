@@ -12,6 +12,7 @@ import prune
 import steer
 from bridge import Bridges, Coupled
 from circuit import last_logits
+from config import parse
 from steer import choose, curve, mean_difference, perturbation, reads, rms_ratio, steered, toward_other
 from tasks import TASKS, Pairs, Task
 from toy import TOY, Digits, hand_made, one_thread, random_model, toy_pairs, toy_setup  # noqa: F401
@@ -161,12 +162,36 @@ def test_steer_json_has_each_curve_and_the_table_shows_it(command, capsys):
             assert all(len(c[k]) == 11 and all(0 <= v <= 1 for v in c[k]) for k in ("mean", "q25", "q75"))
             assert all(a <= b for a, b in zip(c["q25"], c["q75"]))
             assert c["mean"][0] == pytest.approx(part["steered"]["mean"][0], rel=1e-5)  # at strength 0 all are the same
-    both = [(a + b) / 2 for a, b in zip(r["from_first"]["mean"], r["from_second"]["mean"])]
-    assert both == pytest.approx(r["steered"]["mean"], rel=1e-5)
+    for name in ("steered", "dense_mean_difference"):
+        both = [(a + b) / 2 for a, b in zip(*(r[side]["absolute"][name]["mean"] for side in ("from_first", "from_second")))]
+        assert both == pytest.approx(r["absolute"][name]["mean"], rel=1e-5)
     assert r["steered"]["mean"][-1] > 0.5 > r["steered"]["mean"][0]
     assert r["dense_mean_difference"]["mean"][-1] > 0.5 and r["random"]["mean"][-1] < r["steered"]["mean"][-1]
     row = next(line for line in out.splitlines() if line.strip().startswith("1.0")).split()
     assert [float(x) for x in row[1:3]] == pytest.approx([r["steered"]["mean"][-1], r["random"]["mean"][-1]], abs=6e-4)
+
+
+def test_the_best_single_read_is_the_one_that_moves_the_dense_model_most(seed):
+    model, pairs = hand_made(), toy_pairs(16)
+    deaf = copy.deepcopy(model)  # a sparse model that does not listen to channel 0; the dense one does
+    deaf.transformer.h[0].attn.c_attn.weight.zero_()
+    net, everything = couple(deaf, model), [(site, c) for site in ("0.mlp.act_in", READ) for c in range(6)]
+    assert steer.best_single(net, everything, pairs, [1.0] * 3) == (READ, 0)
+
+
+def test_random_directions_are_as_long_as_the_perturbation(monkeypatch, seed):
+    model, pairs, seen = random_model(n_layer=1), toy_pairs(8), []
+    net, original = couple(model, copy.deepcopy(model)), steer.steered
+    monkeypatch.setattr(steer, "steered", lambda m, p, site, change, *_: seen.append((len(p), change)) or original(m, p, site, change))
+    steer.compare(net, [(READ, 0), (READ, 2)], [], pairs, pairs, [0.5] * 3, parse(bridge.BridgeConfig, ["--draws=4"]))
+    *randoms, (_, ours), _ = seen
+    assert len(randoms) == 4 and all(n == 2 for n, _ in randoms)
+    size = ours.norm(dim=-1)
+    for draw, (_, change) in enumerate(randoms):
+        rows = torch.tensor([2 * draw, 2 * draw + 1, 2 * draw + 8, 2 * draw + 9])
+        T = change.shape[1]
+        assert torch.allclose(change.norm(dim=-1), size[rows, :T], rtol=1e-4, atol=1e-6)
+        assert (change - ours[rows, :T]).abs().max() > 1e-3
 
 
 def test_nodes_by_hand_are_those_and_no_others(command):
