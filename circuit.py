@@ -127,7 +127,10 @@ def calibrated(margin: Tensor, scale, shift) -> Tensor:
 
 
 def calibrate(margin: Tensor, steps: int = 16) -> tuple[float, float]:
-    """The scale and shift that minimise the task loss, by L-BFGS (paper A.5)."""
+    """The scale and shift that minimise the task loss, by L-BFGS (paper A.5).
+
+    The scale is not negative: a model that is always wrong has not learned the task. Such margins get scale 0.
+    """
     fit = torch.tensor([1.0, 0.0], device=margin.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([fit], max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -140,6 +143,8 @@ def calibrate(margin: Tensor, steps: int = 16) -> tuple[float, float]:
 
     optimizer.step(closure)
     scale, shift = fit.detach().tolist()
+    if scale < 0:  # the loss is convex in both, so that the best of the allowed scales is 0, and of its shifts 0
+        return 0.0, 0.0
     return (scale, shift) if math.isfinite(scale + shift) else (1.0, 0.0)
 
 

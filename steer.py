@@ -2,8 +2,8 @@
 
 - The nodes, residual reads of one site, take the values that they have on the other prompt of a pair; what that changes
   goes through the bridge's decoder into the dense model's read at the same place, at strengths from 0 to 1.
-- Which nodes: named by hand, or those whose change moves the sparse model's own answer most, on training pairs. Also the
-  best single one, by what it does to the dense model, on training pairs.
+- Which nodes: named by hand, or those whose change moves the sparse model's own answer most, on training pairs, at the site
+  where they move the dense model most. Also the single one that moves the dense model most.
 - Beside it: random directions of the same size, random nodes of the circuit, and the mean difference of the dense
   model's own activations.
 
@@ -88,6 +88,11 @@ def changed(model: GPT, pairs: Pairs, site: str, change: Tensor) -> Tensor:
     return last_logits(model, pairs, lambda s, x: x + F.pad(change, (0, x.shape[-1] - change.shape[-1])) if s == site else x)
 
 
+def log_odds(model: GPT, pairs: Pairs, site: str, change: Tensor) -> float:
+    """Mean logit of the other answer less that of the prompt's own, of the model so changed."""
+    return -margin_of(changed(model, pairs, site, change), pairs).mean().item()
+
+
 def steered(model: GPT, pairs: Pairs, site: str, change: Tensor, strengths=STRENGTHS) -> Tensor:
     """(strengths, 2n, 2): P of the counterfactual answer, between the two answers and among all tokens."""
     rows, out = torch.arange(len(pairs.ids), device=pairs.ids.device), []
@@ -103,38 +108,31 @@ def curve(p: Tensor) -> dict:
     return {"mean": p.mean(1).tolist(), "q25": q25.tolist(), "q75": q75.tolist()}
 
 
-def choose(sparse: GPT, candidates: list[Node], pairs: Pairs, most: int) -> list[Node]:
-    """At most `most` of the candidate reads (site, channel), the best first: those whose change to the other prompt's
-    activation moves the sparse model's own answer most. The site is the one whose candidates do that best all together;
-    there one read after the other joins, the best each time, until none helps."""
-    seen = reads(sparse, pairs)
-
-    def moved(site: str, channels: list[int]) -> float:
-        """Mean log-odds of the other answer."""
-        change = torch.zeros_like(seen[site])
-        change[..., channels] = toward_other(seen[site])[..., channels]
-        return -margin_of(changed(sparse, pairs, site, change), pairs).mean().item()
-
-    at = {site: [c for s, c in candidates if s == site] for site in dict.fromkeys(s for s, _ in candidates)}
-    site = max(at, key=lambda site: moved(site, at[site]))
-    left, chosen, best = at[site], [], -math.inf
-    while left and len(chosen) < most:
-        score, c = max((moved(site, chosen + [c]), c) for c in left)
-        if score <= best:
-            break
-        best, chosen, left = score, chosen + [c], [other for other in left if other != c]
-    return [(site, c) for c in chosen]
+def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio: list[float]) -> list[Node]:
+    """At most `most` of the candidate reads (site, channel), of one site, by training pairs. At each site one read after the
+    other joins, each time the one whose change to the other prompt's activation moves the sparse model's own answer most,
+    until none does; the site is the one where these move the dense model most: where it, too, still needs to be told."""
+    seen, best = reads(net.sparse, pairs), (-math.inf, [])
+    for site in dict.fromkeys(s for s, _ in candidates):
+        left, chosen, reached = [c for s, c in candidates if s == site], [], -math.inf
+        while left and len(chosen) < most:
+            def moved(c: int) -> float:
+                change = torch.zeros_like(seen[site])
+                change[..., chosen + [c]] = toward_other(seen[site])[..., chosen + [c]]
+                return log_odds(net.sparse, pairs, site, change)
+            score, c = max((moved(c), c) for c in left)
+            if score <= reached:
+                break
+            reached, chosen, left = score, chosen + [c], [other for other in left if other != c]
+        change = perturbation(net, site, chosen, toward_other(seen[site]), ratio[site_index(site)])
+        best = max(best, (log_odds(net.dense, pairs, site, change), [(site, c) for c in chosen]))
+    return best[1]
 
 
 def best_single(net: Coupled, candidates: list[Node], pairs: Pairs, ratio: list[float]) -> Node:
     """The one read of any site that moves the dense model most, on training pairs."""
     seen = reads(net.sparse, pairs)
-
-    def moved(node: Node) -> float:
-        change = perturbation(net, node[0], [node[1]], toward_other(seen[node[0]]), ratio[site_index(node[0])])
-        return -margin_of(changed(net.dense, pairs, node[0], change), pairs).mean().item()
-
-    return max(candidates, key=moved)
+    return max(candidates, key=lambda n: log_odds(net.dense, pairs, n[0], perturbation(net, n[0], [n[1]], toward_other(seen[n[0]]), ratio[site_index(n[0])])))
 
 
 def mean_difference(x: Tensor, train: Pairs, pairs: Pairs) -> Tensor:
@@ -209,7 +207,7 @@ def steer(cfg: BridgeConfig, argv: list[str]) -> None:
     device = device_of(cfg)
     net, (_, tokenizer) = load_bridged(cfg, device), load(cfg.out_dir, cfg.tokenizer, device)
     T = net.sparse.config.block_size
-    train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((48, "train"), (cfg.pairs, "heldout")))
+    train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((32, "train"), (cfg.pairs, "heldout")))
     if not (net.sparse.config.rms_norm and net.dense.config.rms_norm):
         raise ValueError("steering needs models with RMSNorm: a LayerNorm's read is not the stream times a gain")
     try:
@@ -222,8 +220,8 @@ def steer(cfg: BridgeConfig, argv: list[str]) -> None:
     if not candidates:
         raise ValueError(f"{path} has no residual reads to steer by")
     by_hand = chosen_by_hand(cfg, candidates) if cfg.node else []
-    nodes = choose(net.sparse, by_hand or candidates, train, cfg.channels)
-    nodes, ratio = by_hand or nodes, rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
+    ratio = rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
+    nodes = by_hand or choose(net, candidates, train, cfg.channels, ratio)
     single = best_single(net, by_hand or candidates, train, ratio)
     print(f"steering {cfg.dense} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, both ways")
     result = {"task": cfg.task, "n_pairs": len(pairs), "strength": STRENGTHS,

@@ -67,6 +67,12 @@ def test_calibration_recovers_a_known_scale_and_shift():
     assert scale == pytest.approx(2.5, rel=0.05) and shift == pytest.approx(0.8, abs=0.05)
 
 
+def test_calibration_does_not_turn_wrong_answers_into_right_ones(seed):
+    wrong = -3 - torch.rand(40)
+    assert calibrate(wrong) == (0.0, 0.0) and loss_of(calibrated(wrong, 0.0, 0.0)) == pytest.approx(math.log(2))
+    assert calibrate(-wrong)[0] > 0
+
+
 def test_calibration_never_worsens_the_loss_and_stays_finite():
     cases = [torch.randn(40) * s + m for s in (0.01, 1.0, 30.0) for m in (-1.0, 0.0, 2.0)]
     for margin in [*cases, torch.ones(40), torch.full((40,), 1e-6), torch.zeros(40), torch.full((40,), 500.0)]:

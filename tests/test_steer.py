@@ -116,9 +116,13 @@ def test_chosen_are_the_reads_that_move_the_answer_most():
     model.transformer.wte.weight[0, 3], model.transformer.wte.weight[1, 3] = 0.4, -0.4  # a second, weaker way
     model.transformer.h[0].attn.c_attn.weight[12 + 1, 3] = 1.0
     everything = [(site, c) for site in ("0.mlp.act_in", READ) for c in range(6)]
-    assert choose(model, everything, pairs, 8)[:2] == [(READ, 0), (READ, 3)]
-    assert choose(model, everything, pairs, 1) == [(READ, 0)]
-    assert choose(model, everything[:-6] + everything[-5:], pairs, 1) == [(READ, 3)]  # without the strongest
+    net, ratio = couple(model, copy.deepcopy(model)), [1.0] * 3
+    assert choose(net, everything, pairs, 8, ratio)[:2] == [(READ, 0), (READ, 3)]
+    assert choose(net, everything, pairs, 1, ratio) == [(READ, 0)]
+    assert choose(net, everything[:-6] + everything[-5:], pairs, 1, ratio) == [(READ, 3)]  # without the strongest
+    net.dense.transformer.h[0].attn.c_attn.weight.zero_()  # where the dense model does not listen, it is not told
+    net.dense.transformer.h[0].mlp.c_fc.weight.copy_(torch.eye(7, 6)), net.dense.transformer.h[0].mlp.c_proj.weight[3].fill_(1.0)
+    assert choose(net, [(READ, 1), ("0.mlp.act_in", 3)], pairs, 1, ratio) == [("0.mlp.act_in", 3)]
 
 
 # --- the command -----------------------------------------------------------------------------------
