@@ -235,7 +235,7 @@ def steer(cfg: BridgeConfig, argv: list[str]) -> None:
         print(f"\n{', '.join(r['nodes'])}: P(the other prompt's answer, between the two), mean\n"
               "  strength   steered   random direction   random node   dense mean difference   steered, among all tokens")
         rows = zip(STRENGTHS, *((r[k] or {"mean": [math.nan] * 11})["mean"] for k in COMPARED), r["absolute"]["steered"]["mean"])
-        print("\n".join(f"  {s:8.1f}  {a:8.3f}  {b:17.3f}  {n:12.3f}  {d:22.3f}  {x:26.3f}" for s, a, b, n, d, x in rows))
+        print("\n".join(f"  {s:8.1f}  {a:8.3g}  {b:17.3g}  {n:12.3g}  {d:22.3g}  {x:26.3g}" for s, a, b, n, d, x in rows))
     print(f"\n{folder}/steer.json")
     plot(result, os.path.join(folder, "steer.png"))
 
