@@ -150,10 +150,9 @@ def test_every_training_config_starts_steps_and_saves_on_a_shrunken_batch(path, 
                  device="cpu", data_dir=data, out_dir=out)
     script = train
     if isinstance(loaded(path), bridge.BridgeConfig):
-        script, small["dense"] = bridge, tmp_path / "dense"
-        dense = small | dict(out_dir=small["dense"], density=1, afrac=0)
-        del dense["dense"]
-        assert train.main([f"--{k}={v}" for k, v in dense.items()]) == 0
+        script, dense = bridge, tmp_path / "dense"
+        assert train.main([f"--{k}={v}" for k, v in (small | dict(out_dir=dense, density=1, afrac=0)).items()]) == 0
+        small |= dict(dense=dense, bridge_rows=1)
     assert script.main([f"--config={path}", *(f"--{k}={v}" for k, v in small.items())]) == 0
     try:
         model = GPT.load(str(out))
