@@ -38,7 +38,6 @@ from tasks import TASKS
 from train import Job, Run, TrainConfig, begin, check, device_of, evaluate, loop, new_model, optimizer_of, over_parts, windows
 
 TERMS = ("nmse_encoder", "nmse_decoder", "kl_sparse", "kl_dense")  # of each site, besides the sparse model's next-token loss
-
 HYBRIDS = ("dense_to_sparse", "sparse_to_dense")
 MEASURED = ("nmse_encoder", "nmse_decoder", *HYBRIDS, "dense_from_mean")  # of each site, by `measure`
 
@@ -242,9 +241,9 @@ def train(cfg: BridgeConfig) -> int:
     return loop(run, Job(net, {"model": sparse, "bridges": net.bridges}, optimizer_of(cfg, sparse, [group]), evaluation, describe))
 
 
-def load_bridged(cfg: BridgeConfig, device: str) -> Coupled:
-    """A trained pair. ValueError or OSError, in one line, where it is not whole or the dense model is another one."""
-    sparse = GPT.load(cfg.out_dir, device).requires_grad_(False)
+def load_bridged(cfg: BridgeConfig, sparse: GPT, device: str) -> Coupled:
+    """A trained pair, of the sparse model of out_dir. ValueError or OSError, in one line, where it is not whole or the dense
+    model is another one."""
     path = os.path.join(cfg.out_dir, "bridges.pt")
     if not os.path.exists(path):
         raise ValueError(f"{cfg.out_dir} has no bridges.pt; train it with python bridge.py --config=... first")
@@ -258,7 +257,8 @@ def load_bridged(cfg: BridgeConfig, device: str) -> Coupled:
 
 def evaluate_run(cfg: BridgeConfig) -> None:
     """Print the table of a trained pair, and write it to out_dir/bridges.json."""
-    net = load_bridged(cfg, device_of(cfg))
+    device = device_of(cfg)
+    net = load_bridged(cfg, GPT.load(cfg.out_dir, device).requires_grad_(False), device)
     measured = measure(net, begin(replace(cfg, block_size=net.sparse.config.block_size)))
     write_atomic(os.path.join(cfg.out_dir, "bridges.json"), lambda f: f.write(json.dumps(measured).encode()))
     print(f"{table(measured)}\n{cfg.out_dir}/bridges.json")

@@ -14,7 +14,9 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -87,9 +89,10 @@ def finish(model: GPT, h: Tensor, pairs: Pairs, nodes=None) -> Tensor:
     The last sublayer is an MLP, which looks at no other token: it runs there alone. So `nodes` must not
     depend on the position.
     """
-    last, rows = model.sublayers[-1], torch.arange(len(h), device=h.device)
+    last = model.sublayers[-1]
     if model.config.d_pos_emb is not None:  # positions are read by their place in the sequence
         return unembed_last(model, last(h, nodes), pairs)
+    rows = torch.arange(len(h), device=h.device)
     h = last(h[rows, pairs.last].unsqueeze(1), nodes)
     return model.unembed(h, pairs.ids[rows, pairs.last].unsqueeze(1)).squeeze(1)
 
@@ -193,9 +196,9 @@ def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
     return cut_(cuttable(model), model, circuit.mask, circuit.edges, constants)
 
 
-def circuit_margins(model: GPT, circuit: Circuit, constants: Nodes, pairs: Pairs) -> Tensor:
-    """Right minus wrong logit (2n,) of the circuit alone, not calibrated."""
-    return margins(without_edges(model, circuit, constants), pairs, ablate(circuit.mask, constants))
+def alone(model: GPT, circuit: Circuit, constants: Nodes) -> Callable[[Pairs], Tensor]:
+    """The `margins` of the circuit alone, not calibrated, as a function of pairs: its model is made once."""
+    return partial(margins, without_edges(model, circuit, constants), nodes=ablate(circuit.mask, constants))
 
 
 def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int], edges: Edges | None = None) -> Nodes:

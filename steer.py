@@ -82,6 +82,12 @@ def perturbation(net: Coupled, site: str, channels: list[int], delta: Tensor, ra
     return (delta[..., channels] / torch.where(gain == 0, 1.0, gain)) @ rows * ratio * norm_before(net.dense, site)
 
 
+def from_other(net: Coupled, nodes: list[Node], seen: Reads, ratio: list[float]) -> Tensor:
+    """The `perturbation` of nodes of one site that take their values on the other prompt. seen: the sparse model's `reads`."""
+    site = nodes[0][0]
+    return perturbation(net, site, [c for _, c in nodes], toward_other(seen[site]), ratio[site_index(site)])
+
+
 @torch.no_grad()
 def changed(model: GPT, pairs: Pairs, site: str, change: Tensor) -> Tensor:
     """Last logits (2n, vocab) of a model to whose read at `site` `change` (2n, T, d_model) is added."""
@@ -114,25 +120,28 @@ def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio:
     until none does; the site is the one where these move the dense model most: where it, too, still needs to be told."""
     seen, best = reads(net.sparse, pairs), (-math.inf, [])
     for site in dict.fromkeys(s for s, _ in candidates):
-        left, chosen, reached = [c for s, c in candidates if s == site], [], -math.inf
+        delta, left, chosen, reached = toward_other(seen[site]), [c for s, c in candidates if s == site], [], -math.inf
+
+        def moved(channels: list[int]) -> float:
+            change = torch.zeros_like(delta)
+            change[..., channels] = delta[..., channels]
+            return log_odds(net.sparse, pairs, site, change)
+
         while left and len(chosen) < most:
-            def moved(c: int) -> float:
-                change = torch.zeros_like(seen[site])
-                change[..., chosen + [c]] = toward_other(seen[site])[..., chosen + [c]]
-                return log_odds(net.sparse, pairs, site, change)
-            score, c = max((moved(c), c) for c in left)
+            score, c = max((moved(chosen + [c]), c) for c in left)
             if score <= reached:
                 break
-            reached, chosen, left = score, chosen + [c], [other for other in left if other != c]
-        change = perturbation(net, site, chosen, toward_other(seen[site]), ratio[site_index(site)])
-        best = max(best, (log_odds(net.dense, pairs, site, change), [(site, c) for c in chosen]))
+            reached, chosen = score, chosen + [c]
+            left.remove(c)
+        nodes = [(site, c) for c in chosen]
+        best = max(best, (log_odds(net.dense, pairs, site, from_other(net, nodes, seen, ratio)), nodes))
     return best[1]
 
 
 def best_single(net: Coupled, candidates: list[Node], pairs: Pairs, ratio: list[float]) -> Node:
     """The one read of any site that moves the dense model most, on training pairs."""
     seen = reads(net.sparse, pairs)
-    return max(candidates, key=lambda n: log_odds(net.dense, pairs, n[0], perturbation(net, n[0], [n[1]], toward_other(seen[n[0]]), ratio[site_index(n[0])])))
+    return max(candidates, key=lambda node: log_odds(net.dense, pairs, node[0], from_other(net, [node], seen, ratio)))
 
 
 def mean_difference(x: Tensor, train: Pairs, pairs: Pairs) -> Tensor:
@@ -155,22 +164,18 @@ def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, p
     """Steer `pairs` by `nodes`, all of one site, and by three things to compare with: random directions of the same size, as
     many random nodes out of `others`, and the mean difference of the dense model's own reads of `train` at that site. Each
     draw of the first two is of a quarter of the pairs, in turn."""
-    generator, site = torch.Generator().manual_seed(cfg.seed), nodes[0][0]
-
-    def by(pairs: Pairs, site: str, channels: list[int]) -> Tensor:
-        return perturbation(net, site, channels, toward_other(reads(net.sparse, pairs)[site]), ratio[site_index(site)])
-
-    random, random_node, channels = [], [], [c for _, c in nodes]
+    generator, site, random, random_node = torch.Generator().manual_seed(cfg.seed), nodes[0][0], [], []
     for draw in range(cfg.draws):
         part = pairs.take(torch.arange(draw % 4, len(pairs), 4, device=pairs.ids.device)) if len(pairs) >= 4 else pairs
         direction = F.normalize(torch.randn(net.dense.config.d_model, generator=generator), dim=0).to(pairs.ids.device)
-        random.append(steered(net.dense, part, site, by(part, site, channels).norm(dim=-1, keepdim=True) * direction))
+        seen = reads(net.sparse, part)
+        random.append(steered(net.dense, part, site, from_other(net, nodes, seen, ratio).norm(dim=-1, keepdim=True) * direction))
         if others:
             theirs = others[int(torch.randint(len(others), (1,), generator=generator))][0]
-            pool = [c for s, c in others if s == theirs]
-            drawn = torch.randperm(len(pool), generator=generator)[: len(nodes)].tolist()
-            random_node.append(steered(net.dense, part, theirs, by(part, theirs, [pool[i] for i in drawn])))
-    p = {"steered": steered(net.dense, pairs, site, by(pairs, site, channels)), "random": torch.cat(random, 1),
+            pool = [node for node in others if node[0] == theirs]
+            drawn = [pool[i] for i in torch.randperm(len(pool), generator=generator)[: len(nodes)].tolist()]
+            random_node.append(steered(net.dense, part, theirs, from_other(net, drawn, seen, ratio)))
+    p = {"steered": steered(net.dense, pairs, site, from_other(net, nodes, reads(net.sparse, pairs), ratio)), "random": torch.cat(random, 1),
          "random_node": torch.cat(random_node, 1) if others else None,
          "dense_mean_difference": steered(net.dense, pairs, site, mean_difference(reads(net.dense, train)[site], train, pairs))}
 
@@ -205,7 +210,8 @@ def steer(cfg: BridgeConfig, argv: list[str]) -> None:
     if c["model"].get("sha256") != hash_of(cfg.out_dir):
         raise ValueError(f"{path} is a circuit of another model than {cfg.out_dir} (the weights differ); prune this one")
     device = device_of(cfg)
-    net, (_, tokenizer) = load_bridged(cfg, device), load(cfg.out_dir, cfg.tokenizer, device)
+    sparse, tokenizer = load(cfg.out_dir, cfg.tokenizer, device)
+    net = load_bridged(cfg, sparse, device)
     T = net.sparse.config.block_size
     train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((32, "train"), (cfg.pairs, "heldout")))
     if not (net.sparse.config.rms_norm and net.dense.config.rms_norm):

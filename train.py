@@ -452,8 +452,6 @@ def loop(run: Run, job: Job) -> int:
     return 0
 
 
-
-
 def main(argv: list[str]) -> int:
     run = begin(parse(TrainConfig, argv))
     model = new_model(run)

@@ -29,8 +29,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import (Circuit, Nodes, ablate, batches_of, calibrate, calibrated, circuit_margins, circuit_of, hash_of, inverse, last_logits,
-                     load, loss_of, margin_of, margins, read_circuit, unembed_last, without_edges)
+from circuit import (Circuit, Nodes, ablate, alone, batches_of, calibrate, calibrated, circuit_of, hash_of, inverse, last_logits, load,
+                     loss_of, margin_of, margins, read_circuit, unembed_last, without_edges)
 from config import die, parse, write_atomic
 from data.tinypython import idioms
 from model import GPT
@@ -105,7 +105,7 @@ def zero_ablation(case: Case) -> dict:
     """Loss with zeros instead of means: how much the means do for the circuit (Drori 2026 prunes with zeros). Many
     nodes are never near zero, so that a high loss alone is no proof against it."""
     zeros = {s: torch.zeros_like(c) for s, c in case.constants.items()}
-    run = partial(circuit_margins, case.model, case.circuit, zeros)
+    run = alone(case.model, case.circuit, zeros)
     return {"zero_ablation": case.loss(run(case.heldout)), "zero_ablation_refit": case.refit(run)}
 
 
@@ -156,7 +156,7 @@ def complement(case: Case) -> dict:
     little: a few random halves are a weak adversary, and the waking half can do the task by itself.
     Calibrated anew for each half, on training pairs: the circuit's scale and shift make up for the ablation of the
     whole complement, and the whole model needs none."""
-    losses = [case.refit(partial(circuit_margins, case.model, c, case.constants)) for c in halves(case)]
+    losses = [case.refit(alone(case.model, c, case.constants)) for c in halves(case)]
     return {"complement_random": sum(losses) / len(losses), "complement_worst": max(losses)}
 
 
@@ -216,7 +216,7 @@ def nonsense(pairs: Pairs) -> Pairs:
 def control(case: Case, model: GPT, train: Pairs, heldout: Pairs, constants: Nodes, say) -> dict:
     """Prune with the circuit's own settings: what it comes to, and whether it meets the target on its training pairs."""
     found = next(iter(find(model, train, constants, case.settings, say)))
-    margin = circuit_margins(model, found, constants, heldout)
+    margin = alone(model, found, constants)(heldout)
     return {"loss": found.loss, "loss_heldout": loss_of(calibrated(margin, found.scale, found.shift)),
             "nodes": found.size[0], "edges": found.size[1], "met": found.loss <= case.settings.target_loss[0]}
 
