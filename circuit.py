@@ -60,10 +60,7 @@ def load(model: str, tokenizer: str, device: str = "cpu"):
 def ablate(gates: Nodes, constants: Nodes):
     """A node function: gate * x + (1 - gate) * constant at every site that `gates` names (paper A.5)."""
     def fn(site: str, x: Tensor) -> Tensor:
-        if site not in gates:
-            return x
-        c = constants[site]
-        return c + gates[site] * (x - c)
+        return torch.lerp(constants[site], x, gates[site].to(x.dtype)) if site in gates else x
     return fn
 
 
@@ -213,12 +210,12 @@ def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int], edges: E
     for (a, b), kept in (edges or all_edges(model)).items():
         into.setdefault(b, []).append((a, kept))
 
-    def reached(site, live):
-        return mask[site] & sum((m[:, live[a]].any(1) for a, m in into[site]), torch.zeros_like(mask[site]))
+    def reached(site, live):  # products of 0s and 1s: paths counted
+        return mask[site] & (sum(m.float() @ live[a].float() for a, m in into[site]) > 0)
 
     def needed(site, live):
         users = [(b, m) for b, pairs in into.items() for a, m in pairs if a == site and b in live]
-        return sum((m[live[b]].any(0) for b, m in users), torch.zeros_like(mask[site]))
+        return sum((live[b].float() @ m.float() for b, m in users), torch.zeros(len(mask[site]), device=mask[site].device)) > 0
 
     def heads(x):  # channels (H * d_head,) -> the same, true throughout a head that has any
         return x.view(c.n_head, c.d_head).any(1).repeat_interleave(c.d_head)

@@ -1,117 +1,220 @@
 """The operations that sparsity adds to a transformer, one public function each.
 
 - `abstopk(x, k)`: keep the k entries of largest magnitude along the last axis (paper 2.1).
-- `topk_mask(x, k)`: which entries those are; the optimizer's projection uses it too (paper A.2), on
-  CPU as `topk_mask_numpy`, which costs less on a small tensor.
+- `topk_mask(x, k)`: which entries those are.
+- `keep_largest_(p, k, j, neuron_axis)`: the optimizer's projection of one tensor (A.2).
+- `linear(x, weight, bias)`: F.linear that skips a sparse matrix's zeros, forward and for the input's gradient.
 - `sink_attention(q, k, v, sink)`: causal attention with a learnable logit in the denominator (A.1).
 
-AbsTopK keeps exactly k, ties to the lower index. Its work is to find the k-th magnitude: on CPU
-numpy's vectorised quickselect does that many times as fast as torch.topk. Attention never builds
-a T x T matrix: memory is linear in T, forward and backward.
+Each is a few lines of PyTorch that run anywhere. Where they can, kernels.c (CPU, float32, a C compiler) and kernels_triton.py
+(CUDA) take over: they do the same, ties included, several times as fast. PLAIN_KERNELS=1 in the environment switches both off.
+Attention never builds a T x T matrix: memory is linear in T, forward and backward.
 """
-from concurrent.futures import ThreadPoolExecutor
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
 
+PLAIN = os.environ.get("PLAIN_KERNELS", "0") != "0"
+SPARSE = 0.1  # up to this density the product by nonzeros is the faster one (`python bench.py`)
+
+
+# --- AbsTopK ------------------------------------------------------------------------------------
+
+def abstopk(x: Tensor, k: int) -> Tensor:
+    """x with all but the k largest magnitudes of the last axis set to zero (paper 2.1).
+
+    x: (..., n), any float dtype. Exactly k entries are kept, ties to the lower channel; the gradient flows through those
+    alone. A NaN ranks first, so that it is not hidden. 1 <= k <= n, else ValueError.
+    """
+    return _AbsTopK.apply(x, _checked(k, x))
+
 
 def topk_mask(x: Tensor, k: int) -> Tensor:
-    """Bool mask of the k largest |x| along the last axis; exactly k, ties to the lower index.
-
-    x: (..., n), any float dtype, no NaN. 1 <= k <= n, else ValueError.
-    """
-    n = x.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must lie in 1..{n}, not {k}")
-    if k == n:
-        return torch.ones_like(x, dtype=torch.bool)
-    if x.device.type == "cpu":
-        # as an operator it is opaque to torch.compile, so the graph stays one; elsewhere that would only cost
-        return (_topk_mask_op if torch.compiler.is_compiling() else _topk_mask_cpu)(x.detach(), k)
-    mag = x.detach().abs()
-    mag = mag.masked_fill(mag.isnan(), torch.inf)  # a NaN ranks first, so that it is not hidden
-    return _break_ties(mag, mag.topk(k, sorted=False).values.amin(-1, keepdim=True), k)
+    """Bool mask of what `abstopk` keeps."""
+    return _kept(x.detach(), _checked(k, x))[1]
 
 
-def _break_ties(mag: Tensor, kth: Tensor, k: int) -> Tensor:
+def _checked(k: int, x: Tensor) -> int:
+    if not 1 <= k <= x.shape[-1]:
+        raise ValueError(f"k must lie in 1..{x.shape[-1]}, not {k}")
+    return k
+
+
+def _kept_plain(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(..., n) -> what is kept, and the mask of it."""
+    # magnitudes order as the integers of the same bits do, and a NaN comes out above all of them
+    mag = x.abs().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    kth = mag.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, at = mag > kth, mag == kth
     room = k - above.sum(-1, keepdim=True)
-    return above | (at & (at.cumsum(-1) <= room))
+    mask = above | (at & (at.cumsum(-1) <= room))
+    return torch.where(mask, x, 0), mask
 
 
-def _topk_mask_cpu(x: Tensor, k: int) -> Tensor:
-    n = x.shape[-1]
-    if x.dtype in (torch.bfloat16, torch.float16):  # numpy has no bfloat16; the widening is exact
-        x = x.float()
-    rows, mask = x.reshape(-1, n).numpy(), torch.empty(x.shape, dtype=torch.bool)
-    out = mask.view(-1, n).numpy()
-    size = max(1, 2**16 // n)  # rows in a block: so few that it stays in the core's cache through all passes
-    blocks = [slice(i, i + size) for i in range(0, len(rows), size)]
-
-    def work(mine):
-        for block in mine:
-            out[block] = topk_mask_numpy(rows[block], k)
-
-    if torch.get_num_threads() == 1 or len(blocks) == 1:
-        work(blocks)
-    else:  # numpy releases the GIL, so two threads run side by side
-        other = _pool.submit(work, blocks[1::2])
-        work(blocks[::2])
-        other.result()
-    return mask
+def _kept(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if x.is_cuda or torch.compiler.is_compiling():  # as an operator it is opaque to torch.compile, so that the graph stays one
+        return _kept_op(x, k)
+    return _kept_fast(x, k)
 
 
-_pool = ThreadPoolExecutor(1)
+def _kept_fast(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    half, n = x.dtype in (torch.bfloat16, torch.float16), x.shape[-1]
+    if (half or x.dtype == torch.float32) and not PLAIN:
+        if x.is_cuda and n <= 16384 and (triton := _triton()) is not None:
+            y, mask = triton.abstopk(_rows(x), k)
+            return y.view(x.shape), mask.view(x.shape)
+        if x.device.type == "cpu" and (c := _c()) is not None:
+            rows, y, mask = _rows(x.float()), torch.empty(x.shape), torch.empty(x.shape, dtype=torch.bool)
+            c.abstopk(rows.data_ptr(), rows.stride(0), y.data_ptr(), mask.data_ptr(), *rows.shape, k)
+            return torch.where(mask, x, 0) if half else y, mask
+    return _kept_plain(x, k)
 
 
-def topk_mask_numpy(x: np.ndarray, k: int) -> np.ndarray:
-    """`topk_mask` of a numpy array, (rows, n) float32 or float64, in the calling thread."""
-    n, mag = x.shape[1], np.abs(x)
-    # magnitudes order as the integers of the same bits do, and numpy selects integers faster: no NaN to mind
-    part = np.partition(mag.view(f"i{mag.itemsize}"), n - k).view(mag.dtype)
-    kth = part[:, n - k : n - k + 1]
-    mask = mag < kth
-    np.logical_not(mask, out=mask)  # so that a NaN, which ranks first, is kept and seen
-    if np.count_nonzero(mask) > k * len(mask):
-        tied = np.flatnonzero(part[:, : n - k].max(1) == kth[:, 0])  # rows where the next one is as large
-        mask[tied] = _break_ties(torch.from_numpy(mag[tied]), torch.from_numpy(kth[tied]), k)
-    return mask
+@torch.library.custom_op("circuits::abstopk", mutates_args=())
+def _kept_op(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _kept_fast(x, k)
 
 
-@torch.library.custom_op("circuits::topk_mask_cpu", mutates_args=())
-def _topk_mask_op(x: Tensor, k: int) -> Tensor:
-    return _topk_mask_cpu(x, k)
-
-
-@_topk_mask_op.register_fake
+@_kept_op.register_fake
 def _(x, k):
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 
-class _Keep(torch.autograd.Function):
-    """torch.where(mask, x, 0). It saves one byte an entry, neither input nor output."""
+class _AbsTopK(torch.autograd.Function):
+    """It saves one byte an entry, neither input nor output."""
 
     @staticmethod
-    def forward(ctx, x, mask):
+    def forward(ctx, x, k):
+        y, mask = _kept(x, k)
         ctx.save_for_backward(mask)
-        return torch.where(mask, x, 0)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
         return _Keep.apply(grad, ctx.saved_tensors[0]), None
 
 
-def abstopk(x: Tensor, k: int) -> Tensor:
-    """x with all but the k largest magnitudes of the last axis set to zero (paper 2.1).
+class _Keep(torch.autograd.Function):
+    """torch.where(mask, x, 0)."""
 
-    Exactly k entries are kept, ties to the lower channel; the gradient flows through those alone.
+    @staticmethod
+    def forward(ctx, x, mask):
+        ctx.save_for_backward(mask)
+        if (c := _c_for(x)) is None:
+            return torch.where(mask, x, 0)
+        rows, y = _rows(x), torch.empty(x.shape)
+        c.keep(rows.data_ptr(), rows.stride(0), mask.data_ptr(), y.data_ptr(), *rows.shape)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Keep.apply(grad, ctx.saved_tensors[0]), None
+
+
+@torch.no_grad()
+def keep_largest_(p: Tensor, k: int, j: int = 0, neuron_axis: int | None = None) -> None:
+    """Zero all but the k largest magnitudes of `p`, in place; a neuron's j largest, where not zero, stay in any case (paper A.2).
+
+    Exactly k stay, ties to the lower index, where `p` has as many nonzeros. neuron_axis: of a matrix, with j > 0. Does not
+    wait for a CUDA device.
     """
-    return _Keep.apply(x, topk_mask(x, k))
+    if (c := _c_for(p)) is not None and p.is_contiguous():
+        neurons, n = (p.numel(), 1) if j == 0 else (p.shape[neuron_axis], p.shape[1 - neuron_axis])
+        apart, step = (1, 1) if j == 0 else (n, 1) if neuron_axis == 0 else (1, neurons)
+        parts = torch.get_num_threads() if p.numel() > 2**15 else 1
+        mag, mask, columns = torch.empty(p.numel()), torch.empty(p.numel(), dtype=torch.bool), torch.empty(parts * 16 * (n + 16))
+        return c.project(*(t.data_ptr() for t in (p, mag, mask, columns)), parts, neurons, n, apart, step, j, k)
+    mag = p.abs()
+    if j > 0:
+        by_neuron = mag if neuron_axis == 0 else mag.t().contiguous()
+        protected = topk_mask(by_neuron, j) & (by_neuron > 0)  # a protected zero would waste budget
+        mag = mag.masked_fill(protected if neuron_axis == 0 else protected.t(), torch.inf)
+    p.masked_fill_(~topk_mask(mag.flatten(), k).view_as(p), 0)
 
+
+# --- products with a sparse matrix ----------------------------------------------------------------
+
+class Nonzeros(NamedTuple):
+    """The nonzeros of a matrix, row by row: row r's are entries start[r] to start[r + 1]."""
+    start: Tensor   # (rows + 1,) int64
+    column: Tensor  # (nonzeros,) int32
+    value: Tensor   # (nonzeros,) float32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, known: dict | None = None) -> Tensor:
+    """F.linear(x, weight, bias), by the nonzeros of `weight` alone where they are at most SPARSE of it. CPU, float32.
+
+    x: (..., n), weight: (rows, n), bias: (rows,) -> (..., rows). The weight's own gradient is dense. `known`, a dict
+    that the caller keeps, spares a frozen weight's nonzeros from being looked for again.
+    """
+    c = _c_for(x) if weight.dtype == torch.float32 and weight.is_contiguous() and not torch.is_autocast_enabled("cpu") else None
+    if c is None:
+        return F.linear(x, weight, bias)
+    version = None if weight.requires_grad or known is None else (weight.data_ptr(), weight._version)
+    if version is not None and version in known:
+        nonzeros = known[version]
+    else:
+        nonzeros = _nonzeros(c, weight)
+        if version is not None:
+            known.clear()
+            known[version] = nonzeros
+    return F.linear(x, weight, bias) if nonzeros is None else _SparseLinear.apply(x, weight, bias, nonzeros)
+
+
+def _nonzeros(c, weight: Tensor) -> Nonzeros | None:
+    """None where there are more of them than SPARSE of the matrix."""
+    start = torch.empty(len(weight) + 1, dtype=torch.int64)
+    c.count_nonzeros(weight.data_ptr(), start.data_ptr(), *weight.shape)
+    n = int(start[-1])
+    if n > SPARSE * weight.numel():
+        return None
+    found = Nonzeros(start, torch.empty(n, dtype=torch.int32), torch.empty(n))
+    c.take_nonzeros(weight.data_ptr(), *(t.data_ptr() for t in found), *weight.shape)
+    return found
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, nonzeros):
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        ctx.nonzeros, ctx.shape, (rows, n) = nonzeros, weight.shape, weight.shape
+        x, y = x.contiguous(), torch.empty(*x.shape[:-1], rows)
+        bias = torch.zeros(rows) if bias is None else bias.contiguous()
+        _by_tiles(_c().sparse_linear, x.numel() // n, weight.shape, x, *nonzeros, bias, y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,), (rows, n), (needs_x, needs_weight, needs_bias, _) = ctx.saved_tensors, ctx.shape, ctx.needs_input_grad
+        grad, flat, dx = grad.contiguous(), grad.reshape(-1, rows), None
+        if needs_x:
+            dx = torch.empty(*grad.shape[:-1], n)
+            _by_tiles(_c().sparse_linear_input_grad, len(flat), ctx.shape, grad, *ctx.nonzeros, dx)
+        return dx, flat.t() @ x.reshape(-1, n) if needs_weight else None, flat.sum(0) if needs_bias else None, None
+
+
+def _by_tiles(f, tokens: int, shape: tuple[int, int], *tensors: Tensor) -> None:
+    parts = torch.get_num_threads()
+    scratch = torch.empty(parts * shape[1] * 32)
+    f(*(t.data_ptr() for t in tensors), scratch.data_ptr(), parts, tokens, *shape)
+
+
+# --- attention with a sink ---------------------------------------------------------------------
 
 class _SinkAttentionCPU(torch.autograd.Function):
     """Flash attention whose log-sum-exp is widened by the sink, forward and backward.
@@ -155,3 +258,69 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, dropout_p: flo
     v = F.pad(v, (0, 1 + spare, 1, 0))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=D**-0.5)
     return out[:, :, 1:, :D]
+
+
+# --- kernels.c and kernels_triton.py ---------------------------------------------------------------
+
+@functools.cache
+def _triton():
+    try:
+        import kernels_triton
+        return kernels_triton
+    except ImportError:  # as on Windows
+        return None
+
+
+def _c_for(x: Tensor):
+    """kernels.c for float32 on a CPU and outside torch.compile, else None."""
+    return _c() if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling() else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., n) as (rows, n) without gaps inside a row: a view where that can be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@functools.cache
+def _c():
+    """kernels.c, compiled on first use and kept in __pycache__; None where it is switched off or cannot be had."""
+    if PLAIN:
+        return None
+    source = Path(__file__).with_suffix(".c")
+    try:
+        lib = ctypes.CDLL(str(_compile(source)))
+    except OSError as e:
+        print(f"note: {source.name} is not used ({e}); AbsTopK and sparse products will be several times slower", file=sys.stderr)
+        return None
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
+    for name, arguments in dict(abstopk="pnppnnn", keep="pnppnn", project="ppppnnnnnnn", count_nonzeros="ppnn", take_nonzeros="ppppnn",
+                                sparse_linear="pppppppnnnn", sparse_linear_input_grad="ppppppnnnn").items():
+        f = getattr(lib, name)
+        f.argtypes, f.restype = [kinds[a] for a in arguments], None
+    return lib
+
+
+def _compile(source: Path) -> Path:
+    """The shared library of `source` for this very machine. OSError where there is no compiler, or it fails."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("no C compiler; install gcc or clang, or name one in CC")
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if sys.platform == "linux" else ""
+    cpu = "".join(line for line in cpu.splitlines() if line.startswith(("model name", "flags", "Features")))
+    key = hashlib.sha256((source.read_text() + compiler + platform.platform() + cpu).encode()).hexdigest()[:16]
+    folder = source.parent / "__pycache__"
+    if not os.access(folder if folder.exists() else source.parent, os.W_OK):
+        folder = Path(tempfile.mkdtemp())
+    library = folder / f"{source.stem}-{key}.so"
+    if not library.exists():
+        folder.mkdir(exist_ok=True)
+        fresh = folder / f"{library.name}.{os.getpid()}"  # renamed when done: another process may be at it, too
+        for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):  # Apple's clang has no OpenMP
+            done = subprocess.run([compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-o", str(fresh)], capture_output=True, text=True)
+            if done.returncode == 0:
+                os.replace(fresh, library)
+                return library
+        said = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
+        raise OSError(f"{compiler} fails: {said[0]}")
+    return library

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import write_atomic
-from kernels import abstopk, sink_attention
+from kernels import abstopk, linear, sink_attention
 
 NodeFn = Callable[[str, Tensor], Tensor]  # (site, activations (B, T, width)) -> activations
 
@@ -105,6 +105,17 @@ def _norm(config: GPTConfig, width: int) -> nn.Module:
     return nn.RMSNorm(width) if config.rms_norm else nn.LayerNorm(width, bias=config.ln_bias)
 
 
+class Linear(nn.Linear):
+    """nn.Linear that skips the zeros of a sparse matrix where that is faster (kernels.py)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.known = {}  # the nonzeros of a frozen weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.known)
+
+
 class SinkLogit(nn.Module):
     def __init__(self, n_head: int):
         super().__init__()
@@ -115,8 +126,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         width = config.n_head * config.d_head
-        self.c_attn = nn.Linear(config.d_model + (config.d_pos_emb or 0), 3 * width, bias=config.bias)
-        self.c_proj = nn.Linear(width, config.d_model, bias=config.bias)
+        self.c_attn = Linear(config.d_model + (config.d_pos_emb or 0), 3 * width, bias=config.bias)
+        self.c_proj = Linear(width, config.d_model, bias=config.bias)
         self.attn_imp = SinkLogit(config.n_head) if config.sink else None  # a module for the published key's sake
         self.resid_dropout = nn.Dropout(config.dropout)
         self.config = config
@@ -152,8 +163,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.d_model + (config.d_pos_emb or 0), config.d_mlp, bias=config.bias)
-        self.c_proj = nn.Linear(config.d_mlp, config.d_model, bias=config.bias)
+        self.c_fc = Linear(config.d_model + (config.d_pos_emb or 0), config.d_mlp, bias=config.bias)
+        self.c_proj = Linear(config.d_mlp, config.d_model, bias=config.bias)
         self.act = F.gelu if config.activation_type == "gelu" else F.relu
         self.dropout = nn.Dropout(config.dropout)
 
@@ -214,7 +225,7 @@ class GPT(nn.Module):
             ln_f=_norm(c, c.d_model),
         ))
         self.drop = nn.Dropout(c.dropout)
-        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.d_model, c.vocab_size, bias=False)
         self.register_buffer("final_logits_bias", torch.zeros(c.vocab_size))
         self.bigram_table = None
         if c.enable_bigram_table:  # row = current token, added to the logits; dense and not counted in L0
@@ -264,9 +275,9 @@ class GPT(nn.Module):
 
     def unembed(self, h: Tensor, idx: Tensor) -> Tensor:
         """Final stream (B, T, d_model) and the tokens there (B, T) -> logits (B, T, vocab)."""
-        logits = self.lm_head(self.transformer.ln_f(h)) + self.final_logits_bias
+        logits = linear(self.transformer.ln_f(h), self.lm_head.weight, self.final_logits_bias, self.lm_head.known)
         if self.bigram_table is not None:
-            logits = logits + F.embedding(idx, self.bigram_table)
+            logits = F.embedding(idx, self.bigram_table).add_(logits)  # in place: this is the largest tensor there is
         return logits
 
     def forward(self, idx: Tensor, targets: Optional[Tensor] = None,

@@ -8,11 +8,10 @@
 """
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import topk_mask, topk_mask_numpy
+from kernels import keep_largest_
 
 
 def density_at(step: int, max_steps: int, target: float, start: float = 0.0, end: float = 0.5) -> float:
@@ -88,31 +87,7 @@ def project_(p: Tensor, density: float, neuron_axis: int | None = None, min_per_
         return
     if neuron_axis is not None and p.dim() == 2:
         j = min(min_per_neuron, k // p.shape[neuron_axis], p.shape[1 - neuron_axis])
-    if p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64):
-        return _project_numpy_(p, k, j, neuron_axis)
-    _project_torch_(p, k, j, neuron_axis)
-
-
-def _project_torch_(p: Tensor, k: int, j: int, neuron_axis: int | None) -> None:
-    """Any device and dtype. Nothing in it waits for a CUDA device."""
-    mag = p.detach().abs()
-    if j > 0:
-        by_neuron = mag if neuron_axis == 0 else mag.t().contiguous()
-        keep = topk_mask(by_neuron, j) & (by_neuron > 0)  # a protected zero would waste budget
-        mag = mag.masked_fill(keep if neuron_axis == 0 else keep.t(), math.inf)
-    p.mul_(topk_mask(mag.flatten(), k).view_as(p))
-
-
-def _project_numpy_(p: Tensor, k: int, j: int, neuron_axis: int | None) -> None:
-    """The same line by line, and the same bits: numpy's cheaper calls and products with bool make it faster."""
-    w = p.detach().numpy()
-    mag = np.abs(w)
-    if j > 0:
-        by_neuron = mag if neuron_axis == 0 else np.ascontiguousarray(mag.T)
-        keep = topk_mask_numpy(by_neuron, j) & (by_neuron > 0)
-        np.copyto(mag, np.inf, where=keep if neuron_axis == 0 else keep.T)
-    with np.errstate(invalid="ignore"):  # inf * 0: training reports what is not finite
-        np.multiply(w, topk_mask_numpy(mag.reshape(1, -1), k).reshape(w.shape), out=w)
+    keep_largest_(p, k, j, neuron_axis)
 
 
 class L0AdamW(torch.optim.AdamW):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuit import (Circuit, Nodes, ablate, calibrate, calibrated, count, drop_unconnected, edges_of, finish, hash_of, inverse, last_logits,
+from circuit import (Circuit, Nodes, ablate, all_edges, calibrate, calibrated, count, drop_unconnected, edges_of, finish, hash_of, inverse, last_logits,
                      load, loss_of, margins, without_edges)
 from config import die, parse, write_atomic
 from model import GPT
@@ -162,7 +162,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
     noise = torch.randn(gates.n_parameters, generator=generator) * cfg.init_noise_scale + cfg.init_noise_bias
     tau = noise.clamp(-1, 1).to(gates.index.device).requires_grad_()
     optimizer = torch.optim.AdamW([tau], lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
-    answers = (int(pairs.answer[0]), int(pairs.wrong[0]))
+    answers, edges = (int(pairs.answer[0]), int(pairs.wrong[0])), {key: m.float() for key, m in all_edges(model).items()}
     clock, k, target, mean = time.time(), cfg.k_coef, min(cfg.target_loss), 0.0
     best, fewest = None, math.inf  # the gates to go back to where learning ends with a broken circuit
     for step in range(cfg.steps):
@@ -171,7 +171,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
         batch = pairs.take(torch.randint(len(pairs), (cfg.batch_pairs,), generator=generator).to(pairs.ids.device))
         gate = _Heaviside.apply(tau, cfg.heaviside_temp)[gates.index]
         with torch.no_grad():  # an open gate without a path counts as closed, but still hears its gradient
-            path = drop_unconnected(model, gates.split(gate > 0), answers)
+            path = drop_unconnected(model, gates.split(gate > 0), answers, edges)
             astray = gate * ~torch.cat(list(path.values()))
         gate = gate - astray
         h, nodes = model.embed(batch.ids), ablate(gates.split(gate), constants)

@@ -1,14 +1,35 @@
-"""kernels.py: AbsTopK keeps exactly k, ties low, and sink attention is softmax with one more logit."""
+"""kernels.py: AbsTopK keeps exactly k, ties low; a sparse product is the dense one; sink attention is softmax with one more logit.
+
+All of it holds for the plain PyTorch and for kernels.c alike.
+"""
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kernels import abstopk, sink_attention, topk_mask, topk_mask_numpy
+import kernels
+from kernels import SPARSE, abstopk, linear, sink_attention, topk_mask
 
-pytestmark = pytest.mark.usefixtures("seed")
+pytestmark = pytest.mark.usefixtures("seed", "path")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SHAPES = [(1,), (7,), (64,), (3, 5), (1, 33), (4, 100), (2, 3, 17), (2, 1, 3, 9)]
+
+
+@pytest.fixture(params=["c", "plain"])
+def path(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "_c", lambda: None)
+    elif kernels._c() is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def kept(x, k):
@@ -22,6 +43,7 @@ def kept(x, k):
 def check(x, k):
     mask = kept(x, k)
     assert torch.equal(topk_mask(x, k), mask)
+    assert torch.equal(abstopk(x, k), torch.where(mask, x, torch.zeros_like(x)))  # as x lies in memory; a clone may not
     leaf = x.clone().requires_grad_()
     y = abstopk(leaf, k)
     assert y.dtype == x.dtype and torch.equal(y, torch.where(mask, x, torch.zeros_like(x)))
@@ -83,7 +105,7 @@ def test_zeros_fill_the_count_where_nonzeros_are_too_few():
 @pytest.mark.parametrize("device", DEVICES)
 def test_layout_in_memory_does_not_matter(device):
     x = torch.randn(6, 10, 8, device=device)
-    for view in (x.transpose(0, 2), x[::2, :, 1::2], x[:, 3], x.unfold(1, 4, 2), x[:1].expand(3, 10, 8)):
+    for view in (x.transpose(0, 2), x[::2, :, 1::2], x[:, 3], x[..., 2:7], x.unfold(1, 4, 2), x[:1].expand(3, 10, 8)):
         assert not view.is_contiguous()
         check(view, 3)
 
@@ -106,26 +128,13 @@ def test_k_out_of_range_is_a_value_error(f, k):
         f(torch.randn(2, 5), k)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(3000, 100), (700, 3, 100), (3, 70_000)], ids=str)
 def test_many_rows_are_the_same_as_each_alone(shape, threads):
     x = torch.randn(shape)
     x[len(x) // 2] = 1.0  # ties, in a block that is not the first
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        mask = topk_mask(x, 25)
-    finally:
-        torch.set_num_threads(before)
+    mask = topk_mask(x, 25)
     assert torch.equal(mask, torch.stack([topk_mask(row, 25) for row in x]))
     assert mask[len(x) // 2, ..., :25].all() and (mask.sum(-1) == 25).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numpy_rows_are_masked_as_tensors_are(dtype):
-    for x in (torch.randn(20, 31, dtype=dtype), torch.randint(-2, 3, (20, 31)).to(dtype), torch.randn(31, 20, dtype=dtype).T):
-        for k in (1, 8, 30, 31):
-            assert torch.equal(torch.from_numpy(topk_mask_numpy(x.numpy(), k)), kept(x, k))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -150,6 +159,89 @@ def test_a_nan_is_not_hidden(nan):
     x = torch.randn(4, 16)
     x[2, 5] = nan
     assert not abstopk(x, 4).isfinite().all().item()  # else a broken run would train on
+
+
+# --- products with a sparse matrix ---------------------------------------------------------------
+
+def sparse(rows, n, share=SPARSE):
+    """A random matrix with exactly that share of nonzeros, rounded down."""
+    w = torch.zeros(rows * n)
+    w[torch.randperm(rows * n)[: int(share * rows * n)]] = 1.0
+    return w.view(rows, n) * torch.randn(rows, n)
+
+
+def check_linear(x, w, b):
+    leaves = [z if z is None else z.clone().requires_grad_() for z in (x, w, b)]
+    twins = [z if z is None else z.clone().requires_grad_() for z in (x, w, b)]
+    y, want = linear(*leaves), F.linear(*twins)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(want.shape)
+    y.backward(grad), want.backward(grad)
+    for name, leaf, twin in zip("xwb", leaves, twins):
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-5, atol=1e-5, msg=lambda m: f"gradient of {name}: {m}")
+
+
+@pytest.mark.parametrize("shape", [(1,), (31,), (33,), (3, 70), (2, 3, 32)], ids=str)
+@pytest.mark.parametrize("rows, n", [(40, 60), (33, 17), (16, 128), (1, 300), (300, 1), (129, 65)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_sparse_product_and_its_gradients_are_the_dense_ones(shape, rows, n, bias, threads):
+    check_linear(torch.randn(*shape, n), sparse(rows, n), torch.randn(rows) if bias else None)
+
+
+def test_empty_rows_columns_and_matrices_are_fine():
+    w = sparse(40, 50)
+    w[[0, 3, 39]], w[:, [0, 7, 49]] = 0.0, 0.0
+    for w in (w, torch.zeros(40, 50)):
+        check_linear(torch.randn(9, 50), w, torch.randn(40))
+    assert linear(torch.randn(0, 50), w).shape == (0, 40)
+
+
+def test_inputs_that_lie_askew_in_memory_are_fine():
+    for x in (torch.randn(50, 9).T, torch.randn(9, 100)[:, ::2], torch.randn(1, 50).expand(9, 50), torch.randn(9, 150).chunk(3, -1)[1]):
+        assert not x.is_contiguous()
+        check_linear(x, sparse(40, 50), torch.randn(40))
+    check_linear(torch.randn(9, 50), sparse(50, 40).T, torch.randn(40))
+
+
+def test_a_dense_matrix_is_multiplied_as_ever(monkeypatch):
+    x, w = torch.randn(7, 50), sparse(40, 50, SPARSE + 0.01)
+    monkeypatch.setattr(kernels, "_by_tiles", None)
+    assert torch.equal(linear(x, w), F.linear(x, w))
+    if kernels._c():
+        with pytest.raises(TypeError):  # so it is the density that decides
+            linear(x, sparse(40, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_and_autocast_take_the_dense_product(dtype):
+    x, w = torch.randn(7, 50), sparse(40, 50)
+    assert torch.equal(linear(x.to(dtype), w.to(dtype)), F.linear(x.to(dtype), w.to(dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w).dtype == torch.bfloat16
+
+
+def test_a_frozen_weights_nonzeros_are_looked_for_once_and_again_when_it_changes():
+    x, w, known = torch.randn(7, 50), sparse(40, 50), {}
+    for _ in range(2):
+        torch.testing.assert_close(linear(x, w, None, known), F.linear(x, w), rtol=1e-5, atol=1e-5)
+    found = list(known.values())
+    linear(x, w, None, known)
+    assert all(a is b for a, b in zip(found, known.values()))
+    for change in (lambda: w.mul_(2), lambda: w.copy_(sparse(40, 50)), lambda: torch.sub(w, sparse(40, 50, 0.01), out=w)):
+        change()
+        torch.testing.assert_close(linear(x, w, None, known), F.linear(x, w), rtol=1e-5, atol=1e-5)
+    known = {}
+    w.requires_grad_()
+    linear(x, w, None, known)
+    assert not known  # an optimizer may change it behind autograd's back
+
+
+def test_a_frozen_sparse_product_keeps_nothing_for_the_backward_pass():
+    saved, x = [], torch.randn(7, 50, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: saved.append(z) or z, lambda z: z):
+        linear(x, sparse(40, 50), torch.randn(40))
+    assert not any(z.shape == x.shape for z in saved)
 
 
 # --- attention with a sink ---------------------------------------------------------------------

@@ -1,0 +1,38 @@
+"""kernels_triton.py by Triton's interpreter, so that no GPU is needed: what a CUDA tensor gets is what the plain functions give.
+
+Triton comes with the CUDA builds of PyTorch; elsewhere `pip install triton` lets this test run.
+"""
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import math, sys, torch, kernels
+print("seed", sys.argv[1], file=sys.stderr)
+torch.manual_seed(int(sys.argv[1]))
+triton = kernels._triton()
+kernels._kept = lambda x, k: tuple(z.view(x.shape) for z in triton.abstopk(kernels._rows(x), k))  # what a CUDA tensor gets
+for dtype in (torch.float32, torch.bfloat16):
+    for shape in ((5, 7), (2, 2, 40)):
+        x = torch.randn(shape).to(dtype)
+        odd = x.masked_fill(torch.rand(shape) < 0.2, math.inf).masked_fill(torch.rand(shape) < 0.2, 0.0)
+        for x in (x, (2 * x).round(), odd, x.mT.contiguous().mT, x[..., : shape[-1] // 2 + 1]):
+            for k in {1, x.shape[-1] // 2 + 1, x.shape[-1] - 1, x.shape[-1]} - {0}:
+                want, leaf, grad = kernels._kept_plain(x, k)[1], x.clone().requires_grad_(), torch.randn(x.shape).to(dtype)
+                y = kernels.abstopk(leaf, k)
+                y.backward(grad)
+                assert torch.equal(kernels.topk_mask(x, k), want), (dtype, shape, k)
+                assert torch.equal(y, torch.where(want, x, 0)) and torch.equal(leaf.grad, torch.where(want, grad, 0)), (dtype, shape, k)
+print("same")
+"""
+
+
+def test_the_triton_kernel_in_its_interpreter_does_what_the_plain_one_does():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", CODE, str(random.randrange(10**6))], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.stdout == "same\n", done.stderr
