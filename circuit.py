@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.tinypython.tokenizer import load_tokenizer
+from kernels import gated
 from model import GPT
 from tasks import Pairs
 
@@ -60,7 +61,7 @@ def load(model: str, tokenizer: str, device: str = "cpu"):
 def ablate(gates: Nodes, constants: Nodes):
     """A node function: gate * x + (1 - gate) * constant at every site that `gates` names (paper A.5)."""
     def fn(site: str, x: Tensor) -> Tensor:
-        return torch.lerp(constants[site], x, gates[site].to(x.dtype)) if site in gates else x
+        return gated(x, gates[site], constants[site]) if site in gates else x
     return fn
 
 

@@ -1,4 +1,5 @@
 // The CPU paths of kernels.py, where every function has its few lines of PyTorch: float32, rows in parallel.
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -21,6 +22,12 @@ static inline int32_t magnitude(float x) {
     int32_t bits;
     memcpy(&bits, &x, 4);
     return bits & 0x7fffffff;
+}
+
+static inline float as_float(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 
 static inline i64 count_from(const float *x, i64 n, int32_t least) {
@@ -81,13 +88,34 @@ void keep(const float *x, i64 stride, const uint8_t *mask, float *y, i64 rows, i
         for (i64 i = 0; i < n; i++) y[r * n + i] = mask[r * n + i] ? x[r * stride + i] : 0.0f;
 }
 
+// Backward through gate * x + (1 - gate) * constant: dx (rows, n) = grad * gate; dgate (parts, n), to be summed over the
+// first, = sum over rows of grad * (x - constant).
+void gate_grads(const float *grad, const float *x, const float *gate, const float *constant, float *dx, float *dgate, i64 parts, i64 rows, i64 n) {
+    #pragma omp parallel for if (parts > 1)
+    for (i64 part = 0; part < parts; part++) {
+        float *sum = dgate + part * n;
+        memset(sum, 0, n * sizeof(float));
+        for (i64 r = part * rows / parts; r < (part + 1) * rows / parts; r++)
+            for (i64 i = 0; i < n; i++) {
+                dx[r * n + i] = grad[r * n + i] * gate[i];
+                sum[i] += grad[r * n + i] * (x[r * n + i] - constant[i]);
+            }
+    }
+}
+
 // Zeroes all but the k largest magnitudes of w, of which each neuron keeps its j largest in any case: a neuron's n weights
 // lie `step` apart, its first `apart` from the next one's. mag: room for as many entries as w; mask, too; columns: for 16
 // neurons of n + 16 entries for each of `parts` threads.
 void project(float *w, float *mag, uint8_t *mask, float *columns, i64 parts, i64 neurons, i64 n, i64 apart, i64 step, i64 j, i64 k) {
     i64 all = neurons * n, few = 16, far = n + 16;  // a cache line of columns at a time, not a power of two apart
-    #pragma omp parallel for if (parts > 1)
-    for (i64 i = 0; i < all; i++) mag[i] = fabsf(w[i]);
+    int32_t top = 0;
+    #pragma omp parallel for reduction(max : top) if (parts > 1)
+    for (i64 i = 0; i < all; i++) {
+        int32_t m = magnitude(w[i]);
+        mag[i] = fabsf(w[i]);
+        top = m > top ? m : top;
+    }
+    float above = nextafterf(fminf(as_float(top), FLT_MAX), INFINITY);  // what is protected ranks above the largest that is finite
     #pragma omp parallel for if (parts > 1)
     for (i64 part = 0; part < parts * (j > 0); part++)
         for (i64 r0 = part * neurons / parts; r0 < (part + 1) * neurons / parts; r0 += few) {
@@ -99,7 +127,7 @@ void project(float *w, float *mag, uint8_t *mask, float *columns, i64 parts, i64
                 const float *row = step > 1 ? own + (r - r0) * far : mag + r * apart;
                 mask_row(row, mask + r * n, n, j);
                 for (i64 i = 0; i < n; i++)
-                    if (mask[r * n + i] && row[i] > 0) mag[r * apart + i * step] = INFINITY;  // a protected zero would waste budget
+                    if (mask[r * n + i] && row[i] > 0) mag[r * apart + i * step] = above;  // a protected zero would waste budget
             }
         }
     mask_row(mag, mask, all, k);

@@ -4,6 +4,7 @@
 - `topk_mask(x, k)`: which entries those are.
 - `keep_largest_(p, k, j, neuron_axis)`: the optimizer's projection of one tensor (A.2).
 - `linear(x, weight, bias)`: F.linear that skips a sparse matrix's zeros, forward and for the input's gradient.
+- `gated(x, gate, constant)`: a node that is open, or held at a constant (A.5).
 - `sink_attention(q, k, v, sink)`: causal attention with a learnable logit in the denominator (A.1).
 
 Each is a few lines of PyTorch that run anywhere. Where they can, kernels.c (CPU, float32, a C compiler) and kernels_triton.py
@@ -32,7 +33,7 @@ PLAIN = os.environ.get("PLAIN_KERNELS", "0") != "0"
 SPARSE = 0.2  # up to this density products by nonzeros took 0.6 of the time of dense ones or less (NOTES.md)
 
 
-# --- AbsTopK ------------------------------------------------------------------------------------
+# --- AbsTopK --------------------------------------------------------------------------------------
 
 def abstopk(x: Tensor, k: int) -> Tensor:
     """x with all but the k largest magnitudes of the last axis set to zero (paper 2.1).
@@ -124,6 +125,36 @@ class _Keep(torch.autograd.Function):
     def backward(ctx, grad):
         return _Keep.apply(grad, ctx.saved_tensors[0]), None
 
+
+# --- gates, for pruning ---------------------------------------------------------------------------
+
+def gated(x: Tensor, gate: Tensor, constant: Tensor) -> Tensor:
+    """gate * x + (1 - gate) * constant (paper A.5). x: (..., n); gate, a float or a bool, and constant: (n,)."""
+    gate = gate.to(x.dtype)
+    if gate.requires_grad and _c_for(x) is not None:
+        return _Gated.apply(x, gate, constant)
+    return torch.lerp(constant, x, gate)
+
+
+class _Gated(torch.autograd.Function):
+    """torch.lerp, whose backward pass takes one walk through memory instead of four."""
+
+    @staticmethod
+    def forward(ctx, x, gate, constant):
+        ctx.save_for_backward(x, gate, constant)
+        return torch.lerp(constant, x, gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, gate, constant = (z.contiguous() for z in ctx.saved_tensors)
+        grad, n, parts = grad.contiguous(), x.shape[-1], torch.get_num_threads()
+        dx, dgate = torch.empty(x.shape), torch.empty(parts, n)
+        _c().gate_grads(*(z.data_ptr() for z in (grad, x, gate, constant, dx, dgate)), parts, x.numel() // n, n)
+        return dx, dgate.sum(0), None
+
+
+# --- the optimizer's projection -------------------------------------------------------------------
 
 @torch.no_grad()
 def keep_largest_(p: Tensor, k: int, j: int = 0, neuron_axis: int | None = None) -> None:
@@ -294,7 +325,7 @@ def _c():
         print(f"note: {source.name} is not used ({e}); AbsTopK and sparse products will be several times slower", file=sys.stderr)
         return None
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
-    for name, arguments in dict(abstopk="pnppnnn", keep="pnppnn", project="ppppnnnnnnn", count_nonzeros="ppnn", take_nonzeros="ppppnn",
+    for name, arguments in dict(abstopk="pnppnnn", keep="pnppnn", gate_grads="ppppppnnn", project="ppppnnnnnnn", count_nonzeros="ppnn", take_nonzeros="ppppnn",
                                 sparse_linear="pppppppnnnn", sparse_linear_input_grad="ppppppnnnn").items():
         f = getattr(lib, name)
         f.argtypes, f.restype = [kinds[a] for a in arguments], None

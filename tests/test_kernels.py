@@ -244,6 +244,32 @@ def test_a_frozen_sparse_product_keeps_nothing_for_the_backward_pass():
     assert not any(z.shape == x.shape for z in saved)
 
 
+# --- gates ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 70), (2, 3, 32), (0, 4)], ids=str)
+def test_a_gate_and_its_gradients_are_as_written_out(shape, threads):
+    x, gate, constant = torch.randn(shape, requires_grad=True), torch.randn(shape[-1], requires_grad=True), torch.randn(shape[-1])
+    y, want = kernels.gated(x, gate, constant), gate * x + (1 - gate) * constant
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(shape)
+    for a, b in zip(torch.autograd.grad(y, (x, gate), grad), torch.autograd.grad(want, (x, gate), grad)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_open_gate_and_a_closed_one_are_exact():
+    x, constant = 1e6 * torch.randn(5, 40), 1e-6 * torch.randn(40)
+    for gate in (torch.rand(40) < 0.5, (torch.rand(40) < 0.5).float(), (torch.rand(40) < 0.5).float().requires_grad_()):
+        assert torch.equal(kernels.gated(x, gate, constant), torch.where(gate.bool(), x, constant))
+
+
+def test_a_gate_meets_inputs_that_lie_askew_in_memory():
+    gate, constant = torch.randn(8, requires_grad=True), torch.randn(8)
+    for x in (torch.randn(8, 5).T, torch.randn(5, 24).chunk(3, -1)[1], torch.randn(1, 8).expand(5, 8)):
+        y, want = kernels.gated(x, gate, constant), gate * x + (1 - gate) * constant
+        a, b = (torch.autograd.grad(z.square().sum(), gate)[0] for z in (y, want))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 # --- attention with a sink ---------------------------------------------------------------------
 
 def qkvs(B=2, H=3, T=9, D=8, device="cpu", dtype=torch.float32):
