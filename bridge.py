@@ -14,7 +14,6 @@
 
 Paper sections 2.3, 3.3, A.3 and A.4.
 """
-import difflib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from circuit import hash_of
-from config import die, parse, write_atomic
+from config import die, nearest, parse, write_atomic
 from kernels import abstopk
 from model import GPT
 from tasks import TASKS
@@ -268,7 +267,7 @@ def evaluate_run(cfg: BridgeConfig) -> None:
 
 def check_bridge(cfg: BridgeConfig) -> None:
     if cfg.task not in TASKS:
-        die(f"unknown task '{cfg.task}'; the nearest is '{difflib.get_close_matches(cfg.task, TASKS, n=1, cutoff=0)[0]}'")
+        die(f"unknown task '{cfg.task}'; the nearest is '{nearest(cfg.task, TASKS)}'")
     for name, least in (("channels", 1), ("pairs", 1), ("draws", 1), ("bridge_rows", 0), *((f"w_{t}", 0) for t in TERMS)):
         if not least <= getattr(cfg, name) < math.inf:
             die(f"{name} must be at least {least}, not {getattr(cfg, name)}")

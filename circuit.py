@@ -9,7 +9,6 @@
 How circuits are found is in prune.py, how far to trust them in validate.py.
 """
 import copy
-import difflib
 import hashlib
 import json
 import math
@@ -23,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import nearest
 from data.tinypython.tokenizer import load_tokenizer
 from kernels import gated
 from model import GPT
@@ -294,8 +294,7 @@ def circuit_of(c: dict, model: GPT) -> tuple[Circuit, Nodes]:
     device = model.lm_head.weight.device
     for site, channels in c["nodes"].items():
         if site not in model.sites:
-            near = difflib.get_close_matches(site, model.sites, n=1, cutoff=0)[0]
-            raise ValueError(f"the circuit names the site '{site}', which the model lacks; the nearest is '{near}'")
+            raise ValueError(f"the circuit names the site '{site}', which the model lacks; the nearest is '{nearest(site, model.sites)}'")
         if not all(isinstance(i, int) and 0 <= i < model.config.site_width(site) for i in channels):
             raise ValueError(f"the circuit names a channel of {site} past the model's {model.config.site_width(site)}")
     mask = {s: torch.zeros(model.config.site_width(s), dtype=torch.bool, device=device) for s in model.sites}

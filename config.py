@@ -11,7 +11,7 @@ import sys
 import tempfile
 import tomllib
 from dataclasses import fields
-from typing import Callable, NoReturn
+from typing import Callable, Iterable, NoReturn
 
 
 def die(message: str) -> NoReturn:
@@ -19,6 +19,11 @@ def die(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # under torchrun, once
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of `names` that `name` was probably meant to be."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
 
 
 def parse(cls, argv: list[str]):
@@ -58,8 +63,7 @@ def parse(cls, argv: list[str]):
         values[key], where[key] = _literal(text, types.get(key, str)), "the command line"
     for key, value in values.items():
         if key not in types:
-            near = difflib.get_close_matches(key, types, n=1, cutoff=0)
-            die(f"unknown key '{key}' in {where[key]}; the nearest valid key is '{near[0]}'")
+            die(f"unknown key '{key}' in {where[key]}; the nearest valid key is '{nearest(key, types)}'")
         want = types[key]
         if want is float and type(value) is int:
             values[key] = float(value)

@@ -12,7 +12,6 @@
     python prune.py --model=out/demo --target_loss=0.5,0.15,0.05
 
 """
-import difflib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from circuit import (Circuit, Nodes, ablate, all_edges, calibrate, calibrated, count, drop_unconnected, edges_of, finish, hash_of, inverse, last_logits,
                      load, loss_of, margins, without_edges)
-from config import die, parse, write_atomic
+from config import die, nearest, parse, write_atomic
 from model import GPT
 from search import Search, discretise, minimise
 from tasks import TASKS, Pairs, Task, load_pairs, task_loss
@@ -322,8 +321,7 @@ def examples(model: GPT, mask: Nodes, constants: Nodes, pairs: Pairs, kept: Tens
 
 def check(cfg: PruneConfig) -> None:
     if cfg.task != "all" and cfg.task not in TASKS:
-        near = difflib.get_close_matches(cfg.task, TASKS, n=1, cutoff=0)[0]
-        die(f"unknown task '{cfg.task}'; the nearest is '{near}', and --task=all runs all of: {', '.join(TASKS)}")
+        die(f"unknown task '{cfg.task}'; the nearest is '{nearest(cfg.task, TASKS)}', and --task=all runs all of: {', '.join(TASKS)}")
     if cfg.device not in ("cpu", "cuda") or cfg.device == "cuda" and not torch.cuda.is_available():
         die(f"device must be cpu, or cuda where PyTorch sees one, not '{cfg.device}'")
     for name, allowed in (("ablation", ("mean", "zero")), ("method", ("learned", "attribution"))):

@@ -10,7 +10,6 @@
     python bridge.py --steer --task=single_double_quote --circuit=out/demo_bridge/single_double_quote/circuit.json
 
 """
-import difflib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from bridge import BridgeConfig, Coupled, load_bridged, streams
 from circuit import circuit_of, hash_of, last_logits, load, margin_of, read_circuit
-from config import write_atomic
+from config import nearest, write_atomic
 from model import GPT
 from prune import samples
 from tasks import TASKS, Pairs, load_pairs
@@ -192,8 +191,7 @@ def chosen_by_hand(cfg: BridgeConfig, candidates: list[Node]) -> list[Node]:
     names = {f"{s}.{c}": (s, c) for s, c in candidates}
     for name in (asked := cfg.node.split(",")):
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-            raise ValueError(f"'{name}' is no residual read of the circuit; the nearest is '{near[0]}'")
+            raise ValueError(f"'{name}' is no residual read of the circuit; the nearest is '{nearest(name, names)}'")
     if len({names[name][0] for name in asked}) > 1:
         raise ValueError(f"the nodes must be of one site, not {cfg.node}")
     return [names[name] for name in dict.fromkeys(asked)]

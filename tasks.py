@@ -10,7 +10,6 @@
 
 Add a task: write a function that returns the two prompts, and name it in `TASKS`.
 """
-import difflib
 import hashlib
 import random
 import sys
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import die, parse
+from config import die, nearest, parse
 from data.tinypython.tokenizer import load_tokenizer
 
 
@@ -354,8 +353,7 @@ class TasksConfig:
 def main(argv: list[str]) -> int:
     cfg = parse(TasksConfig, argv)
     if cfg.task != "all" and cfg.task not in TASKS:
-        near = difflib.get_close_matches(cfg.task, TASKS, n=1, cutoff=0)[0]
-        die(f"unknown task '{cfg.task}'; the nearest is '{near}', and --task=all shows all of: {', '.join(TASKS)}")
+        die(f"unknown task '{cfg.task}'; the nearest is '{nearest(cfg.task, TASKS)}', and --task=all shows all of: {', '.join(TASKS)}")
     if cfg.pairs < 1:
         die(f"pairs must be at least 1, not {cfg.pairs}")
     tasks = [TASKS[cfg.task]] if cfg.task != "all" else TASKS.values()

@@ -13,7 +13,6 @@
 Paper 2.2 and Appendix E; the critique is Drori, "Weight-sparse circuits may be interpretable yet unfaithful" (2026).
 """
 import copy
-import difflib
 import glob
 import hashlib
 import json
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from circuit import (Circuit, Nodes, ablate, alone, batches_of, calibrate, calibrated, circuit_of, hash_of, inverse, last_logits, load,
                      loss_of, margin_of, margins, read_circuit, unembed_last, without_edges)
-from config import die, parse, write_atomic
+from config import die, nearest, parse, write_atomic
 from data.tinypython import idioms
 from model import GPT
 from prune import PruneConfig, constants_of, find, in_processes, samples
@@ -378,8 +377,7 @@ def case_of(cfg: ValidateConfig, c: dict) -> Case:
     """Load what a circuit file speaks of. ValueError, in one line, where that is not what it was made with."""
     folder = cfg.model or c["model"].get("dir", "")
     if c.get("task") not in TASKS:
-        near = difflib.get_close_matches(str(c.get("task")), TASKS, n=1, cutoff=0)[0]
-        raise ValueError(f"its task '{c.get('task')}' is unknown; the nearest is '{near}'")
+        raise ValueError(f"its task '{c.get('task')}' is unknown; the nearest is '{nearest(str(c.get('task')), TASKS)}'")
     if not os.path.exists(os.path.join(folder, "final_model.pt")):
         raise ValueError(f"its model {folder} is not there; say where it is with --model=DIR")
     if hash_of(folder) != c["model"].get("sha256"):
