@@ -169,11 +169,14 @@ def keep_largest_(p: Tensor, k: int, j: int = 0, neuron_axis: int | None = None)
         parts = torch.get_num_threads() if p.numel() > 2**15 else 1
         mag, mask, columns = torch.empty(p.numel()), torch.empty(p.numel(), dtype=torch.bool), torch.empty(parts * 16 * (n + 16))
         return c.project(*(t.data_ptr() for t in (p, mag, mask, columns)), parts, neurons, n, apart, step, j, k)
-    mag = p.abs()
+    mag, protected = p.abs(), None
     if j > 0:
         by_neuron = mag if neuron_axis == 0 else mag.t().contiguous()
         protected = topk_mask(by_neuron, j) & (by_neuron > 0)  # a protected zero would waste budget
-        mag = mag.masked_fill(protected if neuron_axis == 0 else protected.t(), torch.inf)
+        protected = protected if neuron_axis == 0 else protected.t().contiguous()
+    if p.is_cuda and p.dtype == torch.float32 and p.is_contiguous() and not PLAIN and (triton := _triton()) is not None:
+        return triton.keep_largest_(p, k, protected)
+    mag = mag if protected is None else mag.masked_fill(protected, torch.inf)
     p.masked_fill_(~topk_mask(mag.flatten(), k).view_as(p), 0)
 
 

@@ -27,11 +27,27 @@ for dtype in (torch.float32, torch.bfloat16):
                 y.backward(grad)
                 assert torch.equal(kernels.topk_mask(x, k), want), (dtype, shape, k)
                 assert torch.equal(y, torch.where(want, x, 0)) and torch.equal(leaf.grad, torch.where(want, grad, 0)), (dtype, shape, k)
+
+kernels._c = lambda: None  # the plain projection
+for shape in ((1, 7), (9, 40)):
+    x = torch.randn(shape)
+    odd = x.masked_fill(torch.rand(shape) < 0.2, math.inf).masked_fill(torch.rand(shape) < 0.3, 0.0)
+    for w in (x, (2 * x).round(), odd, torch.zeros(shape)):
+        for k in {1, w.numel() // 3, w.numel()}:
+            got, want = w.clone(), w.clone()
+            triton.keep_largest_(got, k, block=64)
+            kernels.keep_largest_(want, k)
+            assert torch.equal(got.view(torch.int32), want.view(torch.int32)), (shape, k)
+            if k >= 2 * len(w):
+                got, want, top = w.clone(), w.clone(), kernels.topk_mask(w.abs(), 2) & (w != 0)
+                triton.keep_largest_(got, k, top, block=64)
+                kernels.keep_largest_(want, k, 2, 0)
+                assert torch.equal(got.view(torch.int32), want.view(torch.int32)), (shape, k, "protected")
 print("same")
 """
 
 
-def test_the_triton_kernel_in_its_interpreter_does_what_the_plain_one_does():
+def test_the_triton_kernels_in_their_interpreter_do_what_the_plain_functions_do():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-c", CODE, str(random.randrange(10**6))], capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent, env=os.environ | {"TRITON_INTERPRET": "1"})
