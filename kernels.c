@@ -53,6 +53,11 @@ static int32_t threshold(const float *x, i64 n, i64 k, i64 *reach) {
         high = m > high ? m : high;
     }
     i64 from_low = n, above = 0;  // so many reach `low`, at least k; so many exceed `high`, fewer than k
+    if (low == 0 && high > 0) {  // zeros, and perhaps so many that the threshold is one
+        i64 count = count_from(x, n, 1);
+        if (count >= k) low = 1, from_low = count;
+        else high = 0;
+    }
     for (int turn = 0; low < high && from_low > k; turn++) {
         double part = turn % 3 ? (double)(k - above) / (from_low - above) : 0.5;  // by the counts; every third time by halves
         int32_t middle = high - (int32_t)(part * (high - low - 1));
