@@ -193,7 +193,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, known: dict | 
     """F.linear(x, weight, bias), by the nonzeros of `weight` alone where they are at most SPARSE of it. CPU, float32.
 
     x: (..., n), weight: (rows, n), bias: (rows,) -> (..., rows). The weight's own gradient is dense. `known`, a dict
-    that the caller keeps, spares a frozen weight's nonzeros from being looked for again.
+    that the caller keeps, spares a frozen weight's nonzeros from being looked for again. Differentiable once.
     """
     c = _c_for(x) if weight.dtype == torch.float32 and weight.is_contiguous() and not torch.is_autocast_enabled("cpu") else None
     if c is None:
@@ -328,7 +328,8 @@ def _c():
         print(f"note: {source.name} is not used ({e}); AbsTopK and sparse products will be several times slower", file=sys.stderr)
         return None
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
-    for name, arguments in dict(abstopk="pnppnnn", keep="pnppnn", gate_grads="ppppppnnn", project="ppppnnnnnnn", count_nonzeros="ppnn", take_nonzeros="ppppnn",
+    for name, arguments in dict(abstopk="pnppnnn", keep="pnppnn", gate_grads="ppppppnnn", project="ppppnnnnnnn",
+                                count_nonzeros="ppnn", take_nonzeros="ppppnn",
                                 sparse_linear="pppppppnnnn", sparse_linear_input_grad="ppppppnnnn").items():
         f = getattr(lib, name)
         f.argtypes, f.restype = [kinds[a] for a in arguments], None
@@ -351,7 +352,8 @@ def _compile(source: Path) -> Path:
         folder.mkdir(exist_ok=True)
         fresh = folder / f"{library.name}.{os.getpid()}"  # renamed when done: another process may be at it, too
         for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):  # Apple's clang has no OpenMP
-            done = subprocess.run([compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-o", str(fresh)], capture_output=True, text=True)
+            done = subprocess.run([compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-lm", "-o", str(fresh)],
+                                  capture_output=True, text=True)
             if done.returncode == 0:
                 os.replace(fresh, library)
                 return library
