@@ -10,8 +10,8 @@ typedef int64_t i64;
 #include <malloc.h>
 // Keep the memory of large tensors: handed back after each use, it would be faulted in anew at every step.
 __attribute__((constructor)) static void keep_memory(void) {
-    mallopt(M_MMAP_THRESHOLD, 1 << 30);
-    mallopt(M_TRIM_THRESHOLD, INT32_MAX);
+    // an older glibc takes at most 1 << 25; and without the first, the second alone would make matters worse
+    if (mallopt(M_MMAP_THRESHOLD, 1 << 30) || mallopt(M_MMAP_THRESHOLD, 1 << 25)) mallopt(M_TRIM_THRESHOLD, INT32_MAX);
 }
 #endif
 
@@ -30,7 +30,7 @@ static inline float as_float(int32_t bits) {
     return x;
 }
 
-static inline i64 count_from(const float *x, i64 n, int32_t least) {
+static inline i64 count_block(const float *x, i64 n, int32_t least) {
     int32_t count = 0;  // as wide as a magnitude, so that both fill a vector register
     for (i64 i = 0; i < n; i++) count += magnitude(x[i]) >= least;
     return count;
@@ -40,8 +40,12 @@ static i64 count_in_parallel(const float *x, i64 n, int32_t least) {
     const i64 block = 1 << 15;
     i64 count = 0;
     #pragma omp parallel for reduction(+ : count)
-    for (i64 i = 0; i < n; i += block) count += count_from(x + i, n - i < block ? n - i : block, least);
+    for (i64 i = 0; i < n; i += block) count += count_block(x + i, n - i < block ? n - i : block, least);
     return count;
+}
+
+static inline i64 count_from(const float *x, i64 n, int32_t least) {
+    return n > 1 << 16 ? count_in_parallel(x, n, least) : count_block(x, n, least);
 }
 
 // Looks for a magnitude that exactly k entries reach; where ties leave none, for the k-th largest, and `reach` exceeds k.
@@ -61,7 +65,7 @@ static int32_t threshold(const float *x, i64 n, i64 k, i64 *reach) {
     for (int turn = 0; low < high && from_low > k; turn++) {
         double part = turn % 3 ? (double)(k - above) / (from_low - above) : 0.5;  // by the counts; every third time by halves
         int32_t middle = high - (int32_t)(part * (high - low - 1));
-        i64 count = n > 1 << 16 ? count_in_parallel(x, n, middle) : count_from(x, n, middle);
+        i64 count = count_from(x, n, middle);
         if (count >= k) low = middle, from_low = count;
         else high = middle - 1, above = count;
     }
@@ -120,7 +124,7 @@ void project(float *w, float *mag, uint8_t *mask, float *columns, i64 parts, i64
         mag[i] = fabsf(w[i]);
         top = m > top ? m : top;
     }
-    float above = nextafterf(fminf(as_float(top), FLT_MAX), INFINITY);  // what is protected ranks above the largest that is finite
+    float above = nextafterf(fminf(as_float(top), FLT_MAX), INFINITY);  // for what is protected: nearer than infinity, for the search's sake
     #pragma omp parallel for if (parts > 1)
     for (i64 part = 0; part < parts * (j > 0); part++)
         for (i64 r0 = part * neurons / parts; r0 < (part + 1) * neurons / parts; r0 += few) {

@@ -8,7 +8,8 @@
 - `sink_attention(q, k, v, sink)`: causal attention with a learnable logit in the denominator (A.1).
 
 Each is a few lines of PyTorch that run anywhere. Where they can, kernels.c (CPU, float32, a C compiler) and kernels_triton.py
-(CUDA) take over: they do the same, ties included, several times as fast. PLAIN_KERNELS=1 in the environment switches both off.
+(CUDA) take over: the same entries are kept, ties included, products agree up to rounding, and it is several times as fast.
+PLAIN_KERNELS=1 in the environment switches both off.
 Attention never builds a T x T matrix: memory is linear in T, forward and backward.
 """
 import ctypes
@@ -16,10 +17,10 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 PLAIN = os.environ.get("PLAIN_KERNELS", "0") != "0"
+FLAGS = ("-O3", "-shared", "-fPIC")  # of kernels.c
 SPARSE = 0.2  # up to this density products by nonzeros took 0.6 of the time of dense ones or less (NOTES.md)
 
 
@@ -41,17 +43,17 @@ def abstopk(x: Tensor, k: int) -> Tensor:
     x: (..., n), any float dtype. Exactly k entries are kept, ties to the lower channel; the gradient flows through those
     alone. A NaN ranks first, so that it is not hidden. 1 <= k <= n, else ValueError.
     """
-    return _AbsTopK.apply(x, _checked(k, x))
+    return _AbsTopK.apply(x, _checked(k, x.shape[-1]))
 
 
 def topk_mask(x: Tensor, k: int) -> Tensor:
     """Bool mask of what `abstopk` keeps."""
-    return _kept(x.detach(), _checked(k, x))[1]
+    return _kept(x.detach(), _checked(k, x.shape[-1]))[1]
 
 
-def _checked(k: int, x: Tensor) -> int:
-    if not 1 <= k <= x.shape[-1]:
-        raise ValueError(f"k must lie in 1..{x.shape[-1]}, not {k}")
+def _checked(k: int, n: int) -> int:
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..{n}, not {k}")
     return k
 
 
@@ -67,15 +69,14 @@ def _kept_plain(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _kept(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if x.is_cuda or torch.compiler.is_compiling():  # as an operator it is opaque to torch.compile, so that the graph stays one
-        return _kept_op(x, k)
-    return _kept_fast(x, k)
+    # as an operator it is opaque to torch.compile, so that the graph stays one
+    return (_kept_op if torch.compiler.is_compiling() else _kept_fast)(x, k)
 
 
 def _kept_fast(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     half, n = x.dtype in (torch.bfloat16, torch.float16), x.shape[-1]
     if (half or x.dtype == torch.float32) and not PLAIN:
-        if x.is_cuda and n <= 16384 and (triton := _triton()) is not None:
+        if x.is_cuda and (triton := _triton()) is not None and n <= triton.WIDEST:
             y, mask = triton.abstopk(_rows(x), k)
             return y.view(x.shape), mask.view(x.shape)
         if x.device.type == "cpu" and (c := _c()) is not None:
@@ -87,7 +88,7 @@ def _kept_fast(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("circuits::abstopk", mutates_args=())
 def _kept_op(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return _kept_fast(x, k)
+    return tuple(z.contiguous() for z in _kept_fast(x, k))  # as the next function promises
 
 
 @_kept_op.register_fake
@@ -130,8 +131,8 @@ class _Keep(torch.autograd.Function):
 
 def gated(x: Tensor, gate: Tensor, constant: Tensor) -> Tensor:
     """gate * x + (1 - gate) * constant (paper A.5). x: (..., n); gate, a float or a bool, and constant: (n,)."""
-    gate = gate.to(x.dtype)
-    if gate.requires_grad and _c_for(x) is not None:
+    gate, constant = gate.to(x.dtype), constant.to(x.dtype)
+    if gate.requires_grad and not constant.requires_grad and gate.shape == constant.shape == x.shape[-1:] and _c_for(x) is not None:
         return _Gated.apply(x, gate, constant)
     return torch.lerp(constant, x, gate)
 
@@ -161,22 +162,28 @@ def keep_largest_(p: Tensor, k: int, j: int = 0, neuron_axis: int | None = None)
     """Zero all but the k largest magnitudes of `p`, in place; a neuron's j largest, where not zero, stay in any case (paper A.2).
 
     Exactly k stay, ties to the lower index, where `p` has as many nonzeros. neuron_axis: of a matrix, with j > 0. Does not
-    wait for a CUDA device.
+    wait for a CUDA device. ValueError where k or j is no such number.
     """
+    _checked(k, p.numel())
+    if j:
+        _checked(j, p.shape[1 - neuron_axis])
     if (c := _c_for(p)) is not None and p.is_contiguous():
         neurons, n = (p.numel(), 1) if j == 0 else (p.shape[neuron_axis], p.shape[1 - neuron_axis])
         apart, step = (1, 1) if j == 0 else (n, 1) if neuron_axis == 0 else (1, neurons)
         parts = torch.get_num_threads() if p.numel() > 2**15 else 1
         mag, mask, columns = torch.empty(p.numel()), torch.empty(p.numel(), dtype=torch.bool), torch.empty(parts * 16 * (n + 16))
-        return c.project(*(t.data_ptr() for t in (p, mag, mask, columns)), parts, neurons, n, apart, step, j, k)
-    mag, protected = p.abs(), None
+        c.project(*(t.data_ptr() for t in (p, mag, mask, columns)), parts, neurons, n, apart, step, j, k)
+        return torch.autograd.graph.increment_version(p)  # what autograd and `linear` go by
+    protected = None
     if j > 0:
+        mag = p.abs()
         by_neuron = mag if neuron_axis == 0 else mag.t().contiguous()
         protected = topk_mask(by_neuron, j) & (by_neuron > 0)  # a protected zero would waste budget
         protected = protected if neuron_axis == 0 else protected.t().contiguous()
     if p.is_cuda and p.dtype == torch.float32 and p.is_contiguous() and not PLAIN and (triton := _triton()) is not None:
-        return triton.keep_largest_(p, k, protected)
-    mag = mag if protected is None else mag.masked_fill(protected, torch.inf)
+        triton.keep_largest_(p, k, protected)
+        return torch.autograd.graph.increment_version(p)
+    mag = p.abs() if protected is None else mag.masked_fill(protected, torch.inf)
     p.masked_fill_(~topk_mask(mag.flatten(), k).view_as(p), 0)
 
 
@@ -193,19 +200,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, known: dict | 
     """F.linear(x, weight, bias), by the nonzeros of `weight` alone where they are at most SPARSE of it. CPU, float32.
 
     x: (..., n), weight: (rows, n), bias: (rows,) -> (..., rows). The weight's own gradient is dense. `known`, a dict
-    that the caller keeps, spares a frozen weight's nonzeros from being looked for again. Differentiable once.
+    that the caller keeps, spares a frozen weight's nonzeros from being looked for again (it sees no change through `.data`).
+    Differentiable once. A zero times infinity or NaN is zero here.
     """
+    frozen = not (weight.requires_grad or weight.is_inference())
     c = _c_for(x) if weight.dtype == torch.float32 and weight.is_contiguous() and not torch.is_autocast_enabled("cpu") else None
-    if c is None:
+    if c is None or not frozen and x.numel() < 64 * weight.shape[1]:  # few tokens do not pay for the search
         return F.linear(x, weight, bias)
-    version = None if weight.requires_grad or known is None else (weight.data_ptr(), weight._version)
-    if version is not None and version in known:
-        nonzeros = known[version]
-    else:
-        nonzeros = _nonzeros(c, weight)
-        if version is not None:
-            known.clear()
-            known[version] = nonzeros
+    known = {} if known is None else known
+    key = (weight.data_ptr(), weight._version) if frozen else None
+    if key is None or key not in known:
+        known.clear()
+        known[key] = weight.detach(), _nonzeros(c, weight)  # the weight itself, too: so long nothing else can have its address
+    nonzeros = known[key][1]
     return F.linear(x, weight, bias) if nonzeros is None else _SparseLinear.apply(x, weight, bias, nonzeros)
 
 
@@ -338,25 +345,28 @@ def _c():
 
 def _compile(source: Path) -> Path:
     """The shared library of `source` for this very machine. OSError where there is no compiler, or it fails."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if shutil.which(compiler[0]) is None:
         raise OSError("no C compiler; install gcc or clang, or name one in CC")
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if sys.platform == "linux" else ""
     cpu = "".join(line for line in cpu.splitlines() if line.startswith(("model name", "flags", "Features")))
-    key = hashlib.sha256((source.read_text() + compiler + platform.platform() + cpu).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((source.read_text(), compiler, FLAGS, platform.platform(), cpu)).encode()).hexdigest()[:16]
     folder = source.parent / "__pycache__"
     if not os.access(folder if folder.exists() else source.parent, os.W_OK):
-        folder = Path(tempfile.mkdtemp())
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-sparse-circuits"
     library = folder / f"{source.stem}-{key}.so"
     if not library.exists():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         fresh = folder / f"{library.name}.{os.getpid()}"  # renamed when done: another process may be at it, too
-        for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):  # Apple's clang has no OpenMP
-            done = subprocess.run([compiler, "-O3", *flags, "-shared", "-fPIC", str(source), "-lm", "-o", str(fresh)],
-                                  capture_output=True, text=True)
+        for more in (["-march=native", "-fopenmp"], ["-march=native"], []):
+            done = subprocess.run([*compiler, *FLAGS, *more, str(source), "-lm", "-o", str(fresh)], capture_output=True, text=True)
             if done.returncode == 0:
+                if "-fopenmp" not in more:  # as with Apple's clang
+                    print(f"note: {compiler[0]} has no OpenMP, so {source.name} will use one thread", file=sys.stderr)
+                for old in folder.glob(f"{source.stem}-*.so"):
+                    old.unlink(missing_ok=True)
                 os.replace(fresh, library)
                 return library
         said = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
-        raise OSError(f"{compiler} fails: {said[0]}")
+        raise OSError(f"{' '.join(compiler)} fails: {said[0]}")
     return library

@@ -1,7 +1,7 @@
 """kernels.py on CUDA, in Triton. Magnitudes order as the integers of the same bits do; a NaN comes out above all of them.
 
-- `abstopk`: one read and one write of the tensor; a row lies in one program's registers, where its k-th magnitude is bisected.
-- `keep_largest_`: the k-th magnitude of a whole matrix, eight bits at a time, by counting: four reads and no sort.
+- `abstopk`: a row lies in one program's registers, where its k-th magnitude is bisected: one read, one write, and one of the mask.
+- `keep_largest_`: the k-th magnitude of a whole matrix, eight bits at a time, by counting: six reads and no sort.
 
 Nothing here waits for the device. The tests run it by Triton's interpreter on a CPU; we have not yet run it on a GPU.
 """
@@ -36,9 +36,11 @@ def abstopk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(rows, n), rows without gaps inside, float32, bfloat16 or float16 -> what is kept, and the bool mask; n <= WIDEST."""
     rows, n = x.shape
     y, mask = torch.empty(rows, n, dtype=x.dtype, device=x.device), torch.empty(rows, n, dtype=torch.bool, device=x.device)
+    if not rows:
+        return y, mask
     width = triton.next_power_of_2(n)
     together = max(1, 2048 // width)  # rows of a program
-    if rows:
+    with torch.cuda.device_of(x):
         _abstopk[(triton.cdiv(rows, together),)](x, y, mask, x.stride(0), rows, n, k, BITS=8 * x.element_size(), ROWS=together,
                                                  WIDTH=width, num_warps=min(16, max(4, width // 512)))
     return y, mask
@@ -98,9 +100,10 @@ def keep_largest_(p: Tensor, k: int, protected: Tensor | None = None, block: int
     state = torch.zeros(2, dtype=torch.int32, device=p.device)
     state[1:].fill_(k)
     blocks, counts = triton.cdiv(n, block), torch.zeros(512, dtype=torch.int32, device=p.device)
-    for shift in (24, 16, 8, 0):
-        _count_digits[(blocks,)](p, protected, n, state, counts, SHIFT=shift, **options)
-        _next_digit[(1,)](state, counts)
     ties = torch.empty(blocks, dtype=torch.int32, device=p.device)
-    _count_ties[(blocks,)](p, protected, n, state, ties, **options)
-    _zero_the_rest[(blocks,)](p, protected, n, state, ties.cumsum(0, dtype=torch.int32), **options)
+    with torch.cuda.device_of(p):
+        for shift in (24, 16, 8, 0):
+            _count_digits[(blocks,)](p, protected, n, state, counts, SHIFT=shift, **options)
+            _next_digit[(1,)](state, counts)
+        _count_ties[(blocks,)](p, protected, n, state, ties, **options)
+        _zero_the_rest[(blocks,)](p, protected, n, state, ties.cumsum(0, dtype=torch.int32), **options)

@@ -275,7 +275,7 @@ class GPT(nn.Module):
 
     def unembed(self, h: Tensor, idx: Tensor) -> Tensor:
         """Final stream (B, T, d_model) and the tokens there (B, T) -> logits (B, T, vocab)."""
-        logits = linear(self.transformer.ln_f(h), self.lm_head.weight, self.final_logits_bias, self.lm_head.known)
+        logits = linear(self.transformer.ln_f(h), self.lm_head.weight, self.final_logits_bias, self.lm_head.known).to(self.final_logits_bias.dtype)
         if self.bigram_table is not None:
             logits = F.embedding(idx, self.bigram_table).add_(logits)  # in place: this is the largest tensor there is
         return logits

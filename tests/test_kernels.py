@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import SPARSE, abstopk, linear, sink_attention, topk_mask
+from kernels import SPARSE, abstopk, keep_largest_, linear, sink_attention, topk_mask
 
 pytestmark = pytest.mark.usefixtures("seed", "path")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -117,6 +117,12 @@ def test_input_is_left_as_it_was():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_torch_compile_is_told_of_the_operator_is_true(dtype):
+    for x in (torch.randn(4, 6, 8).to(dtype), torch.randn(8, 6).to(dtype).T):
+        torch.library.opcheck(torch.ops.circuits.abstopk.default, (x, 3), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_no_rows_in_no_rows_out():
     assert abstopk(torch.randn(0, 5), 2).shape == (0, 5)
 
@@ -182,7 +188,7 @@ def check_linear(x, w, b):
             torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-5, atol=1e-5, msg=lambda m: f"gradient of {name}: {m}")
 
 
-@pytest.mark.parametrize("shape", [(1,), (31,), (33,), (3, 70), (2, 3, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(64,), (65,), (3, 70), (2, 3, 32), (500,)], ids=str)
 @pytest.mark.parametrize("rows, n", [(40, 60), (33, 17), (16, 128), (1, 300), (300, 1), (129, 65)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_sparse_product_and_its_gradients_are_the_dense_ones(shape, rows, n, bias, threads):
@@ -193,24 +199,29 @@ def test_empty_rows_columns_and_matrices_are_fine():
     w = sparse(40, 50)
     w[[0, 3, 39]], w[:, [0, 7, 49]] = 0.0, 0.0
     for w in (w, torch.zeros(40, 50)):
-        check_linear(torch.randn(9, 50), w, torch.randn(40))
-    assert linear(torch.randn(0, 50), w).shape == (0, 40)
+        check_linear(torch.randn(70, 50), w, torch.randn(40))
+        for tokens in (0, 1, 31, 33):  # few enough that only a frozen weight's zeros are skipped
+            x, b = torch.randn(tokens, 50), torch.randn(40)
+            torch.testing.assert_close(linear(x, w, b, {}), F.linear(x, w, b), rtol=1e-5, atol=1e-5)
 
 
 def test_inputs_that_lie_askew_in_memory_are_fine():
-    for x in (torch.randn(50, 9).T, torch.randn(9, 100)[:, ::2], torch.randn(1, 50).expand(9, 50), torch.randn(9, 150).chunk(3, -1)[1]):
+    for x in (torch.randn(50, 90).T, torch.randn(90, 100)[:, ::2], torch.randn(1, 50).expand(90, 50), torch.randn(90, 150).chunk(3, -1)[1]):
         assert not x.is_contiguous()
         check_linear(x, sparse(40, 50), torch.randn(40))
-    check_linear(torch.randn(9, 50), sparse(50, 40).T, torch.randn(40))
+    check_linear(torch.randn(90, 50), sparse(50, 40).T, torch.randn(40))
 
 
-def test_a_dense_matrix_is_multiplied_as_ever(monkeypatch):
-    x, w = torch.randn(7, 50), sparse(40, 50, SPARSE + 0.01)
-    monkeypatch.setattr(kernels, "_by_tiles", None)
-    assert torch.equal(linear(x, w), F.linear(x, w))
-    if kernels._c():
-        with pytest.raises(TypeError):  # so it is the density that decides
-            linear(x, sparse(40, 50))
+def test_density_and_for_a_weight_that_learns_the_number_of_tokens_decide(monkeypatch):
+    used = []
+    monkeypatch.setattr(kernels, "_by_tiles", lambda *_: used.append(1))
+    for tokens, w, learns, skips in ((7, sparse(40, 50, SPARSE + 0.01), False, False), (7, sparse(40, 50), False, True),
+                                     (63, sparse(40, 50), True, False), (64, sparse(40, 50), True, True)):
+        x, w = torch.randn(tokens, 50), w.requires_grad_(learns)
+        used.clear()
+        y = linear(x, w)
+        assert bool(used) == (skips and kernels._c() is not None)
+        assert used or torch.equal(y, F.linear(x, w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -228,13 +239,34 @@ def test_a_frozen_weights_nonzeros_are_looked_for_once_and_again_when_it_changes
     found = list(known.values())
     linear(x, w, None, known)
     assert all(a is b for a, b in zip(found, known.values()))
-    for change in (lambda: w.mul_(2), lambda: w.copy_(sparse(40, 50)), lambda: torch.sub(w, sparse(40, 50, 0.01), out=w)):
+    def replace_data():
+        w.data = sparse(40, 50)
+
+    def learn():  # a fused optimizer's step changes a weight behind autograd's back
+        w.requires_grad_()
+        linear(torch.randn(70, 50), w, None, known).sum().backward()
+        torch.optim.AdamW([w], lr=1.0, fused=True).step()
+        keep_largest_(w, 200)
+        w.requires_grad_(False).grad = None
+
+    for change in (lambda: w.mul_(2), lambda: w.copy_(sparse(40, 50)), lambda: torch.sub(w, sparse(40, 50, 0.01), out=w),
+                   lambda: keep_largest_(w, 50), lambda: keep_largest_(w, 40, 1, 0), replace_data, replace_data, learn):
         change()
         torch.testing.assert_close(linear(x, w, None, known), F.linear(x, w), rtol=1e-5, atol=1e-5)
-    known = {}
-    w.requires_grad_()
-    linear(x, w, None, known)
-    assert not known  # an optimizer may change it behind autograd's back
+
+
+def test_autograd_notices_a_projection_between_forward_and_backward():
+    x, w = torch.randn(7, 50, requires_grad=True), torch.randn(40, 50)
+    y = F.linear(x, w)
+    keep_largest_(w, 100)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_weights_made_in_inference_mode_are_fine():
+    with torch.inference_mode():
+        x, w = torch.randn(7, 50), sparse(40, 50)
+        torch.testing.assert_close(linear(x, w, None, {}), F.linear(x, w), rtol=1e-5, atol=1e-5)
 
 
 def test_a_frozen_sparse_product_keeps_nothing_for_the_backward_pass():
@@ -242,6 +274,26 @@ def test_a_frozen_sparse_product_keeps_nothing_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda z: saved.append(z) or z, lambda z: z):
         linear(x, sparse(40, 50), torch.randn(40))
     assert not any(z.shape == x.shape for z in saved)
+
+
+# --- the projection of one tensor: test_optim.py has its rules --------------------------------------
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("shape", [(301, 300), (33, 1000), (70_001, 3)])
+def test_a_large_matrix_is_projected_as_the_plain_functions_do(shape, axis, threads, monkeypatch):
+    w = torch.randn(shape) * torch.logspace(-3, 0, shape[0 if axis == 0 else 1]).view((-1, 1) if axis == 0 else (1, -1))  # some neurons need protection
+    got, want, k, j = w.clone(), w.clone(), int(0.04 * w.numel()), 0 if axis is None else 3 if shape[1 - axis] > 3 else 1
+    j = min(j, k // shape[axis]) if axis is not None else 0
+    keep_largest_(got, k, j, axis)
+    monkeypatch.setattr(kernels, "_c", lambda: None)
+    keep_largest_(want, k, j, axis)
+    assert torch.equal(got, want) and got.count_nonzero() == k
+
+
+@pytest.mark.parametrize("k, j", [(0, 0), (-1, 0), (13, 0), (4, -1), (4, 5)])
+def test_counts_that_cannot_be_are_a_value_error(k, j):
+    with pytest.raises(ValueError):
+        keep_largest_(torch.randn(3, 4), k, j, 0)
 
 
 # --- gates ----------------------------------------------------------------------------------------
@@ -254,6 +306,16 @@ def test_a_gate_and_its_gradients_are_as_written_out(shape, threads):
     grad = torch.randn(shape)
     for a, b in zip(torch.autograd.grad(y, (x, gate), grad), torch.autograd.grad(want, (x, gate), grad)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gate_of_any_kind_has_the_gradients_of_its_formula():
+    for shapes, dtype in ((((7,), (7,)), torch.float64), (((1,), (7,)), torch.float32), (((7,), (7,)), torch.float32)):
+        x, gate, constant = torch.randn(4, 7, dtype=dtype), torch.randn(shapes[0]), torch.randn(shapes[1])
+        inputs = [z.requires_grad_() for z in (x, gate, constant)]
+        got, want = kernels.gated(*inputs), gate * x + (1 - gate) * constant
+        assert got.dtype == dtype
+        for a, b in zip(*(torch.autograd.grad(z.square().sum(), inputs) for z in (got, want))):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_an_open_gate_and_a_closed_one_are_exact():
