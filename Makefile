@@ -36,12 +36,12 @@ $(DATA)/meta.json: | .venv/ready
 
 # state.pt exists long before training is done: --resume goes on where it stopped, and `finished` marks the end
 $(OUT)/finished: $(DATA)/meta.json
-	@echo "== 2/4 train configs/demo.toml (about 8 minutes on 2 cores; Ctrl-C saves, make demo goes on)"
+	@echo "== 2/4 train configs/demo.toml (about 6 minutes on 2 cores; Ctrl-C saves, make demo goes on)"
 	$(PY) train.py --config=configs/demo.toml --out_dir=$(OUT) --resume=true
 	@touch $@
 
 $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
-	@echo "== 3/4 prune to the circuit of $(TASK) (about 3 minutes)"
+	@echo "== 3/4 prune to the circuit of $(TASK) (half a minute)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
 
 bridge: $(BRIDGE)/$(TASK)/circuit.json .venv/matplotlib
