@@ -1,6 +1,6 @@
 """Speed figures, as ratios measured in one run.
 
-    python bench.py [--config=configs/demo.toml]     # two minutes on 2 CPU cores
+    python bench.py [--config=configs/demo.toml]     # a minute and a half on 2 CPU cores
     python bench.py --device=cuda --dtype=bfloat16 --compile=true --n_layer=8 --d_model=2048 --block_size=256
 
 - AbsTopK forward against torch.topk and scatter.
@@ -89,7 +89,7 @@ def kernels_alone(cfg: TrainConfig, model: GPT) -> dict:
 
     widths = [c.site_width(s) for s in model.sites]
     jobs = dict(
-        products=[both(lambda x, w: kernels.linear(x, w), leaf(cfg.block_size, m.in_features), m.weight)
+        products=[both(kernels.linear, leaf(cfg.block_size, m.in_features), m.weight)
                   for m in model.modules() if isinstance(m, torch.nn.Linear)],
         AbsTopK=[both(lambda x, k=int(c.afrac * w): abstopk(x, k), leaf(cfg.block_size, w)) for w in widths if c.afrac],
         attention=[both(b.attn.attend, *(leaf(c.n_head, cfg.block_size, c.d_head) for _ in "qkv")) for b in model.transformer.h])
@@ -119,7 +119,7 @@ def mask_learning(model: GPT) -> dict:
     pairs = load_pairs(TASKS["single_double_quote"], load_tokenizer(), 64, "train", model.config.block_size).to(device)
     constants = {s: torch.zeros(model.config.site_width(s), device=device) for s in model.sites}
 
-    def masks(model, limit=kernels.SPARSE):
+    def masks(limit=kernels.SPARSE):
         frozen = copy.deepcopy(model).requires_grad_(False)
         gates = Gates(frozen, False)
 
@@ -134,7 +134,7 @@ def mask_learning(model: GPT) -> dict:
             batch = pairs.take(torch.randint(len(pairs), (cfg.batch_pairs,)).to(device))
             model(batch.ids, batch.ids)[1].backward()
 
-    return {"masks": masks(model), "dense masks": masks(model, limit=-1), "plain": plain}
+    return {"masks": masks(), "dense masks": masks(limit=-1), "plain": plain}
 
 
 def topk_scatter(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -151,7 +151,6 @@ def main(argv: list[str]) -> int:
         t = medians({"ours": lambda: abstopk(x, n // 4), "topk": lambda: topk_scatter(x, n // 4), "copy": lambda: x.clone()}, device, 5)
         print(f"AbsTopK forward, {rows} x {n}, k = {n // 4}: {t['topk'] / t['ours']:.1f} times as fast as torch.topk and scatter, "
               f"{t['copy'] / t['ours']:.0%} of a copy's speed")
-        del x
     steps(cfg, 9)
     if device == "cpu":
         steps(replace(cfg, n_layer=4, d_model=512, batch_size=8), 3)

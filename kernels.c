@@ -81,20 +81,23 @@ static void mask_row(const float *x, uint8_t *kept, i64 n, i64 k) {
         if (magnitude(x[i]) == least) kept[i] = 0, reach--;
 }
 
+static void keep_row(const float *x, const uint8_t *mask, float *y, i64 n) {
+    for (i64 i = 0; i < n; i++) y[i] = mask[i] ? x[i] : 0.0f;
+}
+
 // y, mask (rows, n): the k largest magnitudes of each row of x, ties to the lower index. x's rows lie `stride` apart.
 void abstopk(const float *x, i64 stride, float *y, uint8_t *mask, i64 rows, i64 n, i64 k) {
     #pragma omp parallel for if (rows > 1 && rows * n > 1 << 14)
     for (i64 r = 0; r < rows; r++) {
         mask_row(x + r * stride, mask + r * n, n, k);
-        for (i64 i = 0; i < n; i++) y[r * n + i] = mask[r * n + i] ? x[r * stride + i] : 0.0f;
+        keep_row(x + r * stride, mask + r * n, y + r * n, n);
     }
 }
 
 // y (rows, n) = x where mask, else 0
 void keep(const float *x, i64 stride, const uint8_t *mask, float *y, i64 rows, i64 n) {
     #pragma omp parallel for if (rows * n > 1 << 14)
-    for (i64 r = 0; r < rows; r++)
-        for (i64 i = 0; i < n; i++) y[r * n + i] = mask[r * n + i] ? x[r * stride + i] : 0.0f;
+    for (i64 r = 0; r < rows; r++) keep_row(x + r * stride, mask + r * n, y + r * n, n);
 }
 
 // Backward through gate * x + (1 - gate) * constant: dx (rows, n) = grad * gate; dgate (parts, n), to be summed over the

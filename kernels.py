@@ -75,7 +75,7 @@ def _kept(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _kept_fast(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     half, n = x.dtype in (torch.bfloat16, torch.float16), x.shape[-1]
-    if (half or x.dtype == torch.float32) and not PLAIN:
+    if half or x.dtype == torch.float32:
         if x.is_cuda and (triton := _triton()) is not None and n <= triton.WIDEST:
             y, mask = triton.abstopk(_rows(x), k)
             return y.view(x.shape), mask.view(x.shape)
@@ -180,7 +180,7 @@ def keep_largest_(p: Tensor, k: int, j: int = 0, neuron_axis: int | None = None)
         by_neuron = mag if neuron_axis == 0 else mag.t().contiguous()
         protected = topk_mask(by_neuron, j) & (by_neuron > 0)  # a protected zero would waste budget
         protected = protected if neuron_axis == 0 else protected.t().contiguous()
-    if p.is_cuda and p.dtype == torch.float32 and p.is_contiguous() and not PLAIN and (triton := _triton()) is not None:
+    if p.is_cuda and p.dtype == torch.float32 and p.is_contiguous() and (triton := _triton()) is not None:
         triton.keep_largest_(p, k, protected)
         return torch.autograd.graph.increment_version(p)
     mag = p.abs() if protected is None else mag.masked_fill(protected, torch.inf)
@@ -305,10 +305,13 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, dropout_p: flo
 
 @functools.cache
 def _triton():
+    """kernels_triton.py; None where it is switched off or there is no Triton, as on Windows."""
+    if PLAIN:
+        return None
     try:
         import kernels_triton
         return kernels_triton
-    except ImportError:  # as on Windows
+    except ImportError:
         return None
 
 
