@@ -116,10 +116,14 @@ def curve(p: Tensor) -> dict:
 def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio: list[float]) -> list[Node]:
     """At most `most` of the candidate reads (site, channel), of one site, by training pairs. At each site one read after the
     other joins, each time the one whose change to the other prompt's activation moves the sparse model's own answer most,
-    until none does; the site is the one where these move the dense model most: where it, too, still needs to be told."""
+    until none brings a twentieth of the way to the other prompt's answer: what little they add to the answer, they would add
+    to the size of the intervention. The site is the one where these move the dense model most: where it, too, still needs to
+    be told."""
     seen, best = reads(net.sparse, pairs), (-math.inf, [])
     for site in dict.fromkeys(s for s, _ in candidates):
-        delta, left, chosen, reached = toward_other(seen[site]), [c for s, c in candidates if s == site], [], -math.inf
+        delta, left, chosen = toward_other(seen[site]), [c for s, c in candidates if s == site], []
+        reached = log_odds(net.sparse, pairs, site, torch.zeros_like(delta))
+        least = abs(reached) / 10  # the other prompt's answer is as far beyond 0
 
         def moved(channels: list[int]) -> float:
             change = torch.zeros_like(delta)
@@ -128,7 +132,7 @@ def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio:
 
         while left and len(chosen) < most:
             score, c = max((moved(chosen + [c]), c) for c in left)
-            if score <= reached:
+            if chosen and score < reached + least:
                 break
             reached, chosen = score, chosen + [c]
             left.remove(c)

@@ -119,6 +119,9 @@ def test_chosen_are_the_reads_that_move_the_answer_most():
     net, ratio = couple(model, copy.deepcopy(model)), [1.0] * 3
     assert choose(net, everything, pairs, 8, ratio)[:2] == [(READ, 0), (READ, 3)]
     assert choose(net, everything, pairs, 1, ratio) == [(READ, 0)]
+    model.transformer.h[0].attn.c_attn.weight[12 + 1, 3] = 0.02  # now the second way is not worth its size
+    assert choose(net, everything, pairs, 8, ratio) == [(READ, 0)]
+    model.transformer.h[0].attn.c_attn.weight[12 + 1, 3] = 1.0
     assert choose(net, everything[:-6] + everything[-5:], pairs, 1, ratio) == [(READ, 3)]  # without the strongest
     net.dense.transformer.h[0].attn.c_attn.weight.zero_()  # where the dense model does not listen, it is not told
     net.dense.transformer.h[0].mlp.c_fc.weight.copy_(torch.eye(7, 6)), net.dense.transformer.h[0].mlp.c_proj.weight[3].fill_(1.0)
