@@ -8,8 +8,10 @@ OUT := out/demo
 DENSE := out/demo_dense
 BRIDGE := out/demo_bridge
 TASK := single_double_quote
+STEERED := single_double_quote while_return_true
 
 .PHONY: demo bridge bench test clean
+.PRECIOUS: $(BRIDGE)/%/circuit.json
 
 demo: $(OUT)/$(TASK)/circuit.json
 	@echo "== 4/4 measure how far to trust it (the two controls, minutes each: $(PY) validate.py --circuit=$<), draw it"
@@ -44,23 +46,26 @@ $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
 	@echo "== 3/4 prune to the circuit of $(TASK) (half a minute)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
 
-bridge: $(BRIDGE)/$(TASK)/circuit.json .venv/matplotlib
-	@echo "== 5/5 steer the dense model by that circuit's nodes (about 3 minutes)"
-	$(PY) bridge.py --config=configs/demo_bridge.toml --out_dir=$(BRIDGE) --dense=$(DENSE) --steer --task=$(TASK)
+bridge: $(STEERED:%=$(BRIDGE)/steer/%/steer.json)
+	@ls $(BRIDGE)/steer/*/steer.*
 
 $(DENSE)/finished: $(DATA)/meta.json
-	@echo "== 2/5 train configs/demo_dense.toml (about 6 minutes on 2 cores; Ctrl-C saves, make bridge goes on)"
+	@echo "== 2/5 train configs/demo_dense.toml (about 2 minutes on 2 cores; Ctrl-C saves, make bridge goes on)"
 	$(PY) train.py --config=configs/demo_dense.toml --out_dir=$(DENSE) --resume=true
 	@touch $@
 
 $(BRIDGE)/finished: $(DENSE)/finished
-	@echo "== 3/5 train configs/demo_bridge.toml, a sparse model bridged to it (about 25 minutes on 2 cores; Ctrl-C saves)"
+	@echo "== 3/5 train configs/demo_bridge.toml, a sparse model bridged to it (about 20 minutes on 2 cores; Ctrl-C saves)"
 	$(PY) bridge.py --config=configs/demo_bridge.toml --out_dir=$(BRIDGE) --dense=$(DENSE) --resume=true
 	@touch $@
 
-$(BRIDGE)/$(TASK)/circuit.json: $(BRIDGE)/finished
-	@echo "== 4/5 prune the sparse model to the circuit of $(TASK) (about 2 minutes)"
-	$(PY) prune.py --model=$(BRIDGE) --task=$(TASK)
+$(BRIDGE)/%/circuit.json: $(BRIDGE)/finished
+	@echo "== 4/5 prune the sparse model to the circuit of $* (half a minute)"
+	$(PY) prune.py --model=$(BRIDGE) --task=$*
+
+$(BRIDGE)/steer/%/steer.json: $(BRIDGE)/%/circuit.json | .venv/matplotlib
+	@echo "== 5/5 steer the dense model by that circuit's nodes (a minute)"
+	$(PY) bridge.py --config=configs/demo_bridge.toml --out_dir=$(BRIDGE) --dense=$(DENSE) --steer --task=$*
 
 .venv/matplotlib: requirements-extra.txt .venv/ready
 	-$(PY) -m pip install -q --disable-pip-version-check $(shell grep -o '^matplotlib[^ ]*' requirements-extra.txt) && touch $@

@@ -167,8 +167,11 @@ STAGES = ["prepare.py", "train.py --config=configs/demo.toml", "prune.py", "vali
 PRODUCTS = ["data/tinypython/meta.json", "out/demo/finished", "out/demo/single_double_quote/circuit.json"]
 
 
-BRIDGE_STAGES = ["prepare.py", "train.py --config=configs/demo_dense.toml", "bridge.py --config=configs/demo_bridge.toml", "prune.py", "--steer"]
-BRIDGE_PRODUCTS = ["data/tinypython/meta.json", "out/demo_dense/finished", "out/demo_bridge/finished", "out/demo_bridge/single_double_quote/circuit.json"]
+BRIDGE_STAGES = ["prepare.py", "train.py --config=configs/demo_dense.toml", "bridge.py --config=configs/demo_bridge.toml",
+                 *(f"{script} --task={task}" for task in ("single_double_quote", "while_return_true") for script in ("prune.py --model=out/demo_bridge", "--steer"))]
+BRIDGE_PRODUCTS = ["data/tinypython/meta.json", "out/demo_dense/finished", "out/demo_bridge/finished",
+                   *(f"out/demo_bridge/{file}.json" for task in ("single_double_quote", "while_return_true")
+                     for file in (f"{task}/circuit", f"steer/{task}/steer"))]
 
 
 def make_demo(folder, *options, target="demo"):
@@ -198,7 +201,7 @@ def test_a_second_make_demo_redoes_only_what_is_missing(made, tmp_path):
     assert [s for s in STAGES if any(s in c for c in commands)] == STAGES[made:]
 
 
-@pytest.mark.parametrize("made", range(5))
+@pytest.mark.parametrize("made", range(8))
 def test_make_bridge_runs_its_stages_in_order_and_only_what_is_missing(made, tmp_path):
     for product in BRIDGE_PRODUCTS[:made]:
         (tmp_path / product).parent.mkdir(parents=True, exist_ok=True)
