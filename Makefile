@@ -9,6 +9,8 @@ DENSE := out/demo_dense
 BRIDGE := out/demo_bridge
 TASK := single_double_quote
 STEERED := single_double_quote while_return_true
+# at 0.15 this circuit can leave out what marks a return
+TARGET_while_return_true := 0.05
 
 .PHONY: demo bridge bench test clean
 .PRECIOUS: $(BRIDGE)/%/circuit.json
@@ -61,7 +63,7 @@ $(BRIDGE)/finished: $(DENSE)/finished
 
 $(BRIDGE)/%/circuit.json: $(BRIDGE)/finished
 	@echo "== 4/5 prune the sparse model to the circuit of $* (half a minute)"
-	$(PY) prune.py --model=$(BRIDGE) --task=$*
+	$(PY) prune.py --model=$(BRIDGE) --task=$* --target_loss=$(or $(TARGET_$*),0.15)
 
 $(BRIDGE)/steer/%/steer.json: $(BRIDGE)/%/circuit.json | .venv/matplotlib
 	@echo "== 5/5 steer the dense model by that circuit's nodes (a minute)"
