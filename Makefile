@@ -52,12 +52,12 @@ bridge: $(STEERED:%=$(BRIDGE)/steer/%/steer.json)
 	@ls $(BRIDGE)/steer/*/steer.*
 
 $(DENSE)/finished: $(DATA)/meta.json
-	@echo "== 2/5 train configs/demo_dense.toml (about 2 minutes on 2 cores; Ctrl-C saves, make bridge goes on)"
+	@echo "== 2/5 train configs/demo_dense.toml (about 3 minutes on 2 cores; Ctrl-C saves, make bridge goes on)"
 	$(PY) train.py --config=configs/demo_dense.toml --out_dir=$(DENSE) --resume=true
 	@touch $@
 
 $(BRIDGE)/finished: $(DENSE)/finished
-	@echo "== 3/5 train configs/demo_bridge.toml, a sparse model bridged to it (about 20 minutes on 2 cores; Ctrl-C saves)"
+	@echo "== 3/5 train configs/demo_bridge.toml, a sparse model bridged to it (about 18 minutes on 2 cores; Ctrl-C saves)"
 	$(PY) bridge.py --config=configs/demo_bridge.toml --out_dir=$(BRIDGE) --dense=$(DENSE) --resume=true
 	@touch $@
 
