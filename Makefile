@@ -63,7 +63,7 @@ $(BRIDGE)/finished: $(DENSE)/finished
 
 $(BRIDGE)/%/circuit.json: $(BRIDGE)/finished
 	@echo "== 4/5 prune the sparse model to the circuit of $* (half a minute)"
-	$(PY) prune.py --model=$(BRIDGE) --task=$* --target_loss=$(or $(TARGET_$*),0.15)
+	$(PY) prune.py --model=$(BRIDGE) --task=$* $(TARGET_$*:%=--target_loss=%)
 
 $(BRIDGE)/steer/%/steer.json: $(BRIDGE)/%/circuit.json | .venv/matplotlib
 	@echo "== 5/5 steer the dense model by that circuit's nodes (a minute)"

@@ -122,14 +122,14 @@ def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio:
     seen, best = reads(net.sparse, pairs), (-math.inf, [])
     for site in dict.fromkeys(s for s, _ in candidates):
         delta, left, chosen = toward_other(seen[site]), [c for s, c in candidates if s == site], []
-        reached = log_odds(net.sparse, pairs, site, torch.zeros_like(delta))
-        least = abs(reached) / 10  # the other prompt's answer is as far beyond 0
 
         def moved(channels: list[int]) -> float:
             change = torch.zeros_like(delta)
             change[..., channels] = delta[..., channels]
             return log_odds(net.sparse, pairs, site, change)
 
+        reached = moved([])
+        least = abs(reached) / 10  # the other prompt's answer is as far beyond 0
         while left and len(chosen) < most:
             score, c = max((moved(chosen + [c]), c) for c in left)
             if chosen and score < reached + least:

@@ -167,11 +167,11 @@ STAGES = ["prepare.py", "train.py --config=configs/demo.toml", "prune.py", "vali
 PRODUCTS = ["data/tinypython/meta.json", "out/demo/finished", "out/demo/single_double_quote/circuit.json"]
 
 
+STEERED = "single_double_quote", "while_return_true"
 BRIDGE_STAGES = ["prepare.py", "train.py --config=configs/demo_dense.toml", "bridge.py --config=configs/demo_bridge.toml",
-                 *(f"{script} --task={task}" for task in ("single_double_quote", "while_return_true") for script in ("prune.py --model=out/demo_bridge", "--steer"))]
+                 *(f"{script} --task={task}" for task in STEERED for script in ("prune.py --model=out/demo_bridge", "--steer"))]
 BRIDGE_PRODUCTS = ["data/tinypython/meta.json", "out/demo_dense/finished", "out/demo_bridge/finished",
-                   *(f"out/demo_bridge/{file}.json" for task in ("single_double_quote", "while_return_true")
-                     for file in (f"{task}/circuit", f"steer/{task}/steer"))]
+                   *(f"out/demo_bridge/{file}.json" for task in STEERED for file in (f"{task}/circuit", f"steer/{task}/steer"))]
 
 
 def make_demo(folder, *options, target="demo"):

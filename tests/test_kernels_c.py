@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent.parent
-
-
 COMPILER = shutil.which(shlex.split(os.environ.get("CC", "cc"))[0])
 
 
