@@ -292,7 +292,7 @@ def model_dir(tmp_path):
     (["--task=single_quote"], "single_double_quote"), (["--targte_loss=1"], "target_loss"), (["--target_loss=-1"], "target_loss"),
     (["--target_loss=nan"], "target_loss"), (["--ablation=median"], "ablation"), (["--steps=0"], "steps"), (["--steps=x"], "steps"),
     (["--model={tmp}/nowhere"], "nowhere"), (["--data={tmp}/nowhere"], "nowhere"), (["--tokenizer={tmp}/nowhere"], "nowhere"),
-    (["--fit_pairs=9", "--train_pairs=8"], "fit_pairs"), ([], "does not solve"), (["--task=all"], "no task has a circuit"),
+    (["--fit_pairs=9", "--train_pairs=8"], "fit_pairs"), ([], "does not solve"), (["--task=all", "--target_loss=0.001"], "no task has a circuit"),
     (["--device=nonsense"], "device")], ids=str)
 def test_bad_input_is_one_line_exit_2_and_nothing_written(args, says, model_dir, capsys):
     given = [f"--model={model_dir}", f"--data={model_dir.parent}", f"--tokenizer={DEFAULT}", "--mean_tokens=256", "--train_pairs=64", "--fit_pairs=16",
