@@ -1,5 +1,6 @@
 # make demo: from nothing to a circuit in the browser.  make test: the whole suite.
-# make bridge: a dense model, steered by what a circuit of a sparse one says.  make bench: every ratio of speeds in the README.
+# make bridge: a dense model, steered by what a circuit of a sparse one says.
+# make bench: every ratio of speeds in docs/speed.md.
 # All make .venv first. Each target is redone only when something that it is made from is missing.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -22,7 +23,7 @@ demo: $(OUT)/$(TASK)/circuit.json
 	@echo "Open the page above in a browser."
 
 bench: $(DATA)/meta.json
-	$(PY) bench.py --config=configs/demo.toml
+	$(PY) -m tools.bench --config=configs/demo.toml
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
@@ -67,7 +68,7 @@ $(BRIDGE)/%/circuit.json: $(BRIDGE)/finished
 
 $(BRIDGE)/steer/%/steer.json: $(BRIDGE)/%/circuit.json | .venv/matplotlib
 	@echo "== 5/5 steer the dense model by that circuit's nodes (a minute)"
-	$(PY) bridge.py --config=configs/demo_bridge.toml --out_dir=$(BRIDGE) --dense=$(DENSE) --steer --task=$*
+	$(PY) steer.py --run=$(BRIDGE) --dense=$(DENSE) --task=$*
 
 .venv/matplotlib: requirements-extra.txt .venv/ready
 	-$(PY) -m pip install -q --disable-pip-version-check $(shell grep -o '^matplotlib[^ ]*' requirements-extra.txt) && touch $@

@@ -1,18 +1,19 @@
-"""What a circuit is: some nodes and edges of a model, and the model run on those alone.
+"""What a circuit is: some nodes and edges of a model, the model run on those alone, and the file.
 
-- `ablate(gates, constants)`: a node function that holds the other nodes at constants (paper A.5); `inverse`: these nodes.
+- `ablate(gates, constants)`: a node function that holds the other nodes at constants (paper A.5);
+  `inverse`: these nodes.
 - `without_edges`: a model less some weights, whose mean contribution moves into the biases.
-- `last_logits`, `margins`, `loss_of`, `calibrate`: the model on a task's pairs, and the loss there.
 - `drop_unconnected`, `edges_of`, `count`: paths, edges and sizes (paper 2.2, Fig. 12).
-- `Circuit`, `read_circuit`: one circuit, and one from its file.
+- `content_of`: a circuit measured on held-out pairs and described, as its file has it.
+- `read_circuit`, `write_circuit`, `circuit_of`: the one reader and writer of circuit.json.
 
 How circuits are found is in prune.py, how far to trust them in validate.py.
 """
 import copy
-import hashlib
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,47 +23,47 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import nearest
-from data.tinypython.tokenizer import load_tokenizer
-from kernels import gated
-from model import GPT
-from tasks import Pairs
+from config import nearest, write_atomic
+from model import GPT, SITES, weights_hash
+from ops import gated
+from tasks import Pairs, Task, calibrated, loss_of, margins, unembed_last
 
-Nodes = dict[str, Tensor]  # site -> one value per channel: a bool mask, a gate or a mean
-Edges = dict[tuple[str, str], Tensor]  # (from site, to site) -> bool (to channels, from channels): which weights are kept
+Nodes = dict[str, Tensor]  # site -> one value per channel: a bool mask, a gate or a constant
+# (from site, to site) -> bool (to channels, from channels): which weights are kept
+Edges = dict[tuple[str, str], Tensor]
 
 
 @dataclass
 class Circuit:
-    """Nodes and edges, the calibration of the answer logits, and the loss (nats) on the pairs it was fitted to."""
+    """Nodes and edges, the calibration of the answer logits, and the loss on the fitted pairs."""
     mask: Nodes
     edges: Edges
     scale: float
     shift: float
-    loss: float
-    before: tuple[int, int] | None = None  # its size before single parts were left out, if they were
+    loss: float  # nats
+    before: tuple[int, int] | None = None  # its size before single parts were left out
 
     @property
     def size(self) -> tuple[int, int]:
-        """Nodes and edges."""
-        return count(self.mask), sum(int(kept[self.mask[b]][:, self.mask[a]].sum()) for (a, b), kept in self.edges.items())
+        """Nodes and edges; an edge counts where both its nodes are in the circuit."""
+        between = [kept[self.mask[b]][:, self.mask[a]] for (a, b), kept in self.edges.items()]
+        return count(self.mask), sum(int(kept.sum()) for kept in between)
+
+
+def count(mask: Nodes) -> int:
+    return sum(int(m.sum()) for m in mask.values())
 
 
 # --- running a model with nodes replaced -----------------------------------------------------
 
-def load(model: str, tokenizer: str, device: str = "cpu"):
-    """A frozen model and a tokenizer, from their paths. ValueError or OSError where one is unusable or they do not match."""
-    gpt, tokens = GPT.load(model, device).requires_grad_(False), load_tokenizer(tokenizer)
-    if tokens.n_vocab != gpt.config.vocab_size:
-        raise ValueError(f"{tokenizer} has {tokens.n_vocab} tokens, the model {model} has {gpt.config.vocab_size}; give --tokenizer=FILE")
-    return gpt, tokens
-
-
 def ablate(gates: Nodes, constants: Nodes):
-    """A node function: gate * x + (1 - gate) * constant at every site that `gates` names (paper A.5)."""
-    def fn(site: str, x: Tensor) -> Tensor:
+    """A node function: gate * x + (1 - gate) * constant at every site of `gates` (paper A.5).
+
+    Mean ablation: the constants are each node's mean over the data, `prune.node_means`.
+    """
+    def node(site: str, x: Tensor) -> Tensor:
         return gated(x, gates[site], constants[site]) if site in gates else x
-    return fn
+    return node
 
 
 def inverse(mask: Nodes, constants: Nodes):
@@ -70,22 +71,11 @@ def inverse(mask: Nodes, constants: Nodes):
     return ablate({site: ~m for site, m in mask.items()}, constants)
 
 
-def last_logits(model: GPT, pairs: Pairs, nodes=None) -> Tensor:
-    """Logits (2n, vocab) at each prompt's last token; nothing else is unembedded."""
-    return unembed_last(model, model.run(model.embed(pairs.ids), nodes=nodes), pairs)
-
-
-def unembed_last(model: GPT, h: Tensor, pairs: Pairs) -> Tensor:
-    """The final stream (2n, T, d_model) -> logits (2n, vocab) at each prompt's last token."""
-    rows = torch.arange(len(h), device=h.device)
-    return model.unembed(h[rows, pairs.last].unsqueeze(1), pairs.ids[rows, pairs.last].unsqueeze(1)).squeeze(1)
-
-
 def finish(model: GPT, h: Tensor, pairs: Pairs, nodes=None) -> Tensor:
-    """The stream before the last sublayer (2n, T, d_model) -> logits (2n, vocab) at each prompt's last token.
+    """The stream before the last sublayer (2n, T, d_model) -> the last tokens' logits (2n, vocab).
 
-    The last sublayer is an MLP, which looks at no other token: it runs there alone. So `nodes` must not
-    depend on the position.
+    The last sublayer is an MLP, which looks at no other token: it runs there alone. So `nodes` must
+    not depend on the position.
     """
     last = model.sublayers[-1]
     if model.config.d_pos_emb is not None:  # positions are read by their place in the sequence
@@ -95,78 +85,45 @@ def finish(model: GPT, h: Tensor, pairs: Pairs, nodes=None) -> Tensor:
     return model.unembed(h, pairs.ids[rows, pairs.last].unsqueeze(1)).squeeze(1)
 
 
-def margin_of(logits: Tensor, pairs: Pairs) -> Tensor:
-    """Right minus wrong logit of each prompt (2n,)."""
-    rows = torch.arange(len(logits), device=logits.device)
-    return logits[rows, pairs.answer] - logits[rows, pairs.wrong]
-
-
-def batches_of(pairs: Pairs, size: int) -> list[Pairs]:
-    return [pairs.take(torch.arange(i, min(i + size, len(pairs)), device=pairs.ids.device)) for i in range(0, len(pairs), size)]
-
-
-@torch.no_grad()
-def margins(model: GPT, pairs: Pairs, nodes=None, batch: int = 64) -> Tensor:
-    """Right minus wrong logit of each prompt (2n,), `batch` pairs at a time."""
-    return torch.cat([margin_of(last_logits(model, part, nodes), part) for part in batches_of(pairs, batch)])
-
-
-# --- the loss and its calibration ------------------------------------------------------------
-
-def loss_of(margin: Tensor) -> float:
-    """Task loss in nats from `margins`."""
-    return F.softplus(-margin).mean().item()
-
-
-def calibrated(margin: Tensor, scale, shift) -> Tensor:
-    """The margins after scaling and shifting (first answer's - second answer's logit).
-
-    Prompts of a pair alternate: +shift where the first answer is right, -shift where the second is.
-    """
-    sign = 1.0 - 2.0 * (torch.arange(len(margin), device=margin.device) % 2)
-    return scale * margin + shift * sign
-
-
-def calibrate(margin: Tensor, steps: int = 16) -> tuple[float, float]:
-    """The scale and shift that minimise the task loss, by L-BFGS (paper A.5).
-
-    The scale is not negative: a model that is always wrong has not learned the task. Such margins get scale 0.
-    """
-    fit = torch.tensor([1.0, 0.0], device=margin.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([fit], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        # where the prompts are separable the best scale is infinite; the small pull keeps it finite
-        loss = F.softplus(-calibrated(margin, fit[0], fit[1])).mean() + 1e-4 * (fit[0] - 1) ** 2
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    scale, shift = fit.detach().tolist()
-    if scale < 0:  # the loss is convex in both, so that the best of the allowed scales is 0, and of its shifts 0
-        return 0.0, 0.0
-    return (scale, shift) if math.isfinite(scale + shift) else (1.0, 0.0)
-
-
-# --- the circuit's graph ---------------------------------------------------------------------
+# --- edges -----------------------------------------------------------------------------------
 
 def weights_between(model: GPT) -> list[tuple[str, str, Tensor, Tensor | None]]:
-    """(from site, to site, weight (to, from), bias (to)) of every matrix between two nodes: views, not copies."""
-    out = []
+    """(from site, to site, weight (to, from), bias (to)) of every matrix between two nodes.
+
+    Views, not copies: what is written into them is written into the model.
+    """
+    found = []
     for i, block in enumerate(model.transformer.h):
-        attn_in, attn_out, mlp_in, mlp_out = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-        bias = [b.detach() if b is not None else None for b in (attn_in.bias, attn_out.bias, mlp_in.bias, mlp_out.bias)]
-        bias_qkv = bias[0].chunk(3) if bias[0] is not None else (None,) * 3
-        out += [(f"{i}.attn.act_in", f"{i}.attn.{z}", w, b) for z, w, b in zip("qkv", attn_in.weight.detach().chunk(3), bias_qkv)]
-        out += [(f"{i}.attn.v", f"{i}.attn.resid_delta", attn_out.weight.detach(), bias[1]),
-                (f"{i}.mlp.act_in", f"{i}.mlp.post_act", mlp_in.weight.detach(), bias[2]),
-                (f"{i}.mlp.post_act", f"{i}.mlp.resid_delta", mlp_out.weight.detach(), bias[3])]
-    return out
+        qkv = block.attn.c_attn  # one matrix for three sites
+        biases = (None, None, None) if qkv.bias is None else qkv.bias.detach().chunk(3)
+        for z, weight, bias in zip("qkv", qkv.weight.detach().chunk(3), biases):
+            found.append((f"{i}.attn.act_in", f"{i}.attn.{z}", weight, bias))
+        for a, b, linear in (
+            ("attn.v", "attn.resid_delta", block.attn.c_proj),
+            ("mlp.act_in", "mlp.post_act", block.mlp.c_fc),
+            ("mlp.post_act", "mlp.resid_delta", block.mlp.c_proj),
+        ):
+            bias = None if linear.bias is None else linear.bias.detach()
+            found.append((f"{i}.{a}", f"{i}.{b}", linear.weight.detach(), bias))
+    return found
 
 
 def all_edges(model: GPT) -> Edges:
-    return {(a, b): w != 0 for a, b, w, _ in weights_between(model)}
+    """Every nonzero weight between two nodes."""
+    return {(a, b): weight != 0 for a, b, weight, _ in weights_between(model)}
+
+
+def edges_of(model: GPT, mask: Nodes, edges: Edges | None = None) -> list[list]:
+    """[site, channel, site, channel, weight] of every nonzero weight between two nodes of the
+    circuit (of these, `edges`)."""
+    edges = all_edges(model) if edges is None else edges
+    found = []
+    for a, b, weight, _ in weights_between(model):
+        inner = edges[a, b] & mask[b][:, None] & mask[a]
+        for i, j in inner.nonzero().tolist():
+            # six decimals: `circuit_of` must know the weight again
+            found.append([a, j, b, i, round(weight[i, j].item(), 6)])
+    return found
 
 
 def cuttable(model: GPT) -> GPT:
@@ -174,17 +131,19 @@ def cuttable(model: GPT) -> GPT:
     model = copy.deepcopy(model)
     for module in model.transformer.h.modules():
         if isinstance(module, nn.Linear) and module.bias is None:
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
+            # a cut moves the mean of what it takes away into the bias of its target
+            zeros = module.weight.new_zeros(module.out_features)
+            module.bias = nn.Parameter(zeros, requires_grad=False)
     return model
 
 
 def cut_(model: GPT, whole: GPT, mask: Nodes, edges: Edges, constants: Nodes) -> GPT:
-    """Make `model` (a `cuttable` copy) the model `whole` less the weights between two nodes of `mask`
-    that `edges` does not keep: each then contributes weight * constant, as if its source were ablated
-    for this one target (of a value behind a sink, as if no attention went to the sink)."""
-    for (a, b, w, bias), (_, _, w0, bias0) in zip(weights_between(model), weights_between(whole)):
+    """Make `model` (a `cuttable` copy) the model `whole` less the weights between two nodes of
+    `mask` that `edges` does not keep. Each then contributes weight * constant, as if its source
+    were ablated for this one target (of a value behind a sink, as if no attention went to it)."""
+    for (_, _, w, bias), (a, b, w0, bias0) in zip(weights_between(model), weights_between(whole)):
         gone = w0 * (mask[b][:, None] & mask[a] & ~edges[a, b])
-        torch.sub(w0, gone, out=w)
+        torch.sub(w0, gone, out=w)  # from `whole` each time, so that an earlier cut leaves no trace
         bias.copy_(gone @ constants[a] + (0 if bias0 is None else bias0))
     return model
 
@@ -195,118 +154,341 @@ def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
 
 
 def alone(model: GPT, circuit: Circuit, constants: Nodes) -> Callable[[Pairs], Tensor]:
-    """The `margins` of the circuit alone, not calibrated, as a function of pairs: its model is made once."""
-    return partial(margins, without_edges(model, circuit, constants), nodes=ablate(circuit.mask, constants))
+    """The `margins` of the circuit alone, not calibrated, as a function of pairs."""
+    reduced = without_edges(model, circuit, constants)  # once, however many pairs come
+    return partial(margins, reduced, nodes=ablate(circuit.mask, constants))
 
 
-def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int], edges: Edges | None = None) -> Nodes:
+# --- paths -----------------------------------------------------------------------------------
+
+def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int],
+                     edges: Edges | None = None) -> Nodes:
     """The nodes of `mask` that lie on a path from the tokens to the logits of the two answers.
 
-    Steps of a path: embedding -> read of a channel that it fills; the nonzero weights between
-    nodes (of these, `edges`); write -> any later read of the same channel; write -> an answer's
+    Steps of a path: embedding -> read of a channel that it fills; the nonzero weights between nodes
+    (of these, `edges`); write -> any later read of the same channel; write -> an answer's
     unembedding entry; and a query or key -> the values of its head.
     """
+    incoming = defaultdict(list)  # site -> the sites before it, with the edges from there
+    outgoing = defaultdict(list)  # site -> the sites after it, with the edges to there
+    for (a, b), kept in (all_edges(model) if edges is None else edges).items():
+        kept = kept.float()  # products of zeros and ones count paths
+        incoming[b].append((a, kept))
+        outgoing[a].append((b, kept))
+    return _needed(model, _reached(model, mask, incoming), answers, outgoing)
+
+
+def _heads(model: GPT, channels: Tensor) -> Tensor:
+    """Channels (H * d_head,) -> the same, true throughout a head that has any."""
     c = model.config
-    into = {}
-    for (a, b), kept in (edges or all_edges(model)).items():
-        into.setdefault(b, []).append((a, kept))
+    return channels.view(c.n_head, c.d_head).any(1).repeat_interleave(c.d_head)
 
-    def reached(site, live):  # products of 0s and 1s: paths counted
-        return mask[site] & (sum(m.float() @ live[a].float() for a, m in into[site]) > 0)
 
-    def needed(site, live):
-        users = [(b, m) for b, pairs in into.items() for a, m in pairs if a == site and b in live]
-        return sum((live[b].float() @ m.float() for b, m in users), torch.zeros(len(mask[site]), device=mask[site].device)) > 0
-
-    def heads(x):  # channels (H * d_head,) -> the same, true throughout a head that has any
-        return x.view(c.n_head, c.d_head).any(1).repeat_interleave(c.d_head)
-
-    wte, wpe, head = model.transformer.wte.weight, model.transformer.wpe.weight, model.lm_head.weight
+def _reached(model: GPT, mask: Nodes, incoming: dict) -> Nodes:
+    """The nodes of `mask` that the tokens reach: forward, site by site."""
+    filled = (model.transformer.wte.weight != 0).any(0)  # channels of the stream
+    if model.config.d_pos_emb is None:
+        filled = filled | (model.transformer.wpe.weight != 0).any(0)
     live = {}
-    filled = (wte != 0).any(0) if c.d_pos_emb is not None else ((wte != 0).any(0) | (wpe != 0).any(0))
-    for site in model.sites:  # forward: what the tokens reach
+    for site in model.sites:
         if site.endswith("act_in"):
-            live[site] = mask[site] & F.pad(filled, (0, len(mask[site]) - len(filled)), value=True)
-        else:
-            live[site] = reached(site, live)
-        if site.endswith("attn.v"):  # a constant value moves too where queries or keys steer its attention
-            steered = heads(live[site[:-1] + "q"] | live[site[:-1] + "k"])
-            live[site] = live[site] | (mask[site] & steered)
+            # positions are channels behind those of the stream, where they are not added to it
+            n_positions = len(mask[site]) - len(filled)
+            live[site] = mask[site] & F.pad(filled, (0, n_positions), value=True)
+            continue
+        arrive = sum(kept @ live[a].float() for a, kept in incoming[site])
+        live[site] = mask[site] & (arrive > 0)
+        if site.endswith("attn.v"):
+            # a constant value moves too where queries or keys steer its attention
+            queries_or_keys = live[site[:-1] + "q"] | live[site[:-1] + "k"]
+            live[site] = live[site] | (mask[site] & _heads(model, queries_or_keys))
         if site.endswith("resid_delta"):
-            filled = filled | live[site]
-    read, keep = (head[list(answers)] != 0).any(0), {}
-    for i in reversed(range(c.n_layer)):  # backward: what the answers need
-        for sub, inner in (("mlp", ("post_act",)), ("attn", ("v", "q", "k"))):
-            site = f"{i}.{sub}.resid_delta"
-            keep[site] = live[site] & read
-            for z in inner:
-                site = f"{i}.{sub}.{z}"
-                keep[site] = live[site] & (heads(keep[f"{i}.attn.v"]) if z in ("q", "k") else needed(site, keep))
-            site = f"{i}.{sub}.act_in"
-            keep[site] = live[site] & needed(site, keep)
-            read = read | keep[site][: c.d_model]
+            filled = filled | live[site]  # for all later reads
+    return live
+
+
+def _needed(model: GPT, live: Nodes, answers: tuple[int, int], outgoing: dict) -> Nodes:
+    """The nodes of `live` that the answers need: backward, site by site."""
+    keep = {}
+    read = (model.lm_head.weight[list(answers)] != 0).any(0)  # channels of the stream
+    for site in reversed(model.sites):
+        if site.endswith("resid_delta"):  # a write, wanted where anything later reads its channel
+            wanted = read
+        elif site.endswith((".q", ".k")):  # of a head that moves a value; its `v` came before
+            wanted = _heads(model, keep[site[:-1] + "v"])
+        else:
+            wanted = sum(keep[b].float() @ kept for b, kept in outgoing[site]) > 0
+        keep[site] = live[site] & wanted
+        if site.endswith("act_in"):
+            read = read | keep[site][: model.config.d_model]
     return {site: keep[site] for site in model.sites}
 
 
-def count(mask: Nodes) -> int:
-    return sum(int(m.sum()) for m in mask.values())
+# --- from a circuit to its file ----------------------------------------------------------------
+
+@dataclass
+class Found:
+    """A circuit that pruning found, and what it takes to measure and describe it."""
+    model: GPT
+    model_dir: str
+    task: Task
+    tokenizer: object   # with `decode`
+    circuit: Circuit
+    constants: Nodes
+    target_loss: float  # nats
+    aim: float          # nats: where the search stopped on its own pairs, a little below the target
+    heldout: Pairs
+    settings: dict      # those of prune.py; they go into the file as they are
 
 
-def edges_of(model: GPT, mask: Nodes, edges: Edges | None = None) -> list[list]:
-    """[site, channel, site, channel, weight] of every nonzero weight between two nodes of the circuit (of these, `edges`)."""
-    edges, out = edges or all_edges(model), []
-    for a, b, w, _ in weights_between(model):
-        inner = edges[a, b] & mask[b][:, None] & mask[a]
-        out += [[a, j, b, i, round(w[i, j].item(), 6)] for i, j in inner.nonzero().tolist()]
+def content_of(found: Found) -> dict:
+    """The content of circuit.json: the circuit, its losses (nats) on held-out pairs, examples."""
+    model, circuit, settings = found.model, found.circuit, found.settings
+    reduced = without_edges(model, circuit, found.constants)
+    edges = edges_of(model, circuit.mask, circuit.edges)
+    # sufficiency: the circuit alone; necessity: all but the circuit (paper 2.2)
+    kept = margins(reduced, found.heldout, ablate(circuit.mask, found.constants))
+    kept = calibrated(kept, circuit.scale, circuit.shift)
+    rest = margins(model, found.heldout, inverse(circuit.mask, found.constants))
+    unpruned = margins(model, found.heldout)
+
+    shape = ("n_layer", "d_model", "n_head", "d_head", "d_mlp")
+    minimal = {"certified": circuit.before is not None}
+    if circuit.before:  # minimise.py tried every part in vain, on those pairs and to that loss
+        minimal["training_pairs"] = settings["fit_pairs"]
+        minimal["target"] = found.aim
+        minimal["necessity"] = settings["necessity"]
+        minimal["nodes_before"], minimal["edges_before"] = circuit.before
+    return {
+        "format": FORMAT,
+        "model": {"dir": found.model_dir, "sha256": weights_hash(found.model_dir),
+                  **{key: getattr(model.config, key) for key in shape}},
+        "task": found.task.name, "task_description": found.task.description,
+        "answers": list(found.task.answers),
+        "target_loss": found.target_loss,
+        "loss": circuit.loss,  # on the pairs that it was fitted to
+        "loss_heldout": loss_of(kept), "unpruned_loss": loss_of(unpruned),
+        "ablation": settings["ablation"],
+        "logit_scale": circuit.scale, "logit_shift": circuit.shift,
+        # sites without a node are left out
+        "nodes": {s: m.nonzero().flatten().tolist() for s, m in circuit.mask.items() if m.any()},
+        "edges": edges,
+        **stream_ends(model, circuit.mask, found.heldout, found.tokenizer),
+        # what ablated nodes are held at, at every site, by whatever ablation
+        "means": {s: [round(x, 6) for x in c.tolist()] for s, c in found.constants.items()},
+        "n_nodes": count(circuit.mask), "n_edges": len(edges),
+        "validation": {  # validate.py adds to it
+            "sufficiency": loss_of(kept),
+            "sufficiency_accuracy": (kept > 0).float().mean().item(),
+            "necessity": loss_of(rest),
+            "necessity_accuracy": (rest > 0).float().mean().item(),
+            "heldout_pairs": len(found.heldout),
+            "minimal": minimal,
+        },
+        "examples": examples(found, reduced, kept, unpruned),
+        "seed": settings["seed"], "settings": settings,
+    }
+
+
+def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, tokenizer) -> dict:
+    """Where the circuit's channels start and end: [token id, text, channel, weight] of the
+    embedding (channels that it reads, tokens of the task, largest first) and of both answers'
+    unembedding."""
+    def entries(matrix: Tensor, ids: Tensor, kind: str, most: int) -> list[list]:
+        # a read can also have channels of positions, behind those of the stream
+        masks = [m[: model.config.d_model] for site, m in mask.items() if site.endswith(kind)]
+        found = []
+        for channel in torch.stack(masks).any(0).nonzero().flatten().tolist():
+            column = matrix.detach()[ids, channel]
+            for i in column.abs().argsort(descending=True)[:most].tolist():
+                if column[i] != 0:
+                    token, weight = int(ids[i]), round(column[i].item(), 6)
+                    found.append([token, tokenizer.decode([token]), channel, weight])
+        return found
+
+    wte, head = model.transformer.wte.weight, model.lm_head.weight
+    return {
+        "embedding": entries(wte, pairs.ids.unique(), "act_in", 12),  # a page has room for a dozen
+        "unembedding": entries(head, pairs.answer[:2], "resid_delta", 2),
+    }
+
+
+@torch.no_grad()
+def examples(found: Found, reduced: GPT, kept: Tensor, unpruned: Tensor, n: int = 6) -> list[dict]:
+    """The first n held-out pairs, with every node's activation at every token in the circuit's run.
+
+    reduced: the model in which it runs. kept, unpruned (2n,): margins of the circuit and of the
+    whole model.
+    """
+    pairs, decode, mask = found.heldout, found.tokenizer.decode, found.circuit.mask
+    hold = ablate(mask, found.constants)
+    seen = {}
+
+    def node(site: str, x: Tensor) -> Tensor:
+        seen[site] = hold(site, x)  # as it is once the nodes outside the circuit are held
+        return seen[site]
+
+    out = []
+    for i in range(2 * min(n, len(pairs))):
+        ids = pairs.ids[i : i + 1, : int(pairs.last[i]) + 1]  # one at a time: without its padding
+        reduced.run(reduced.embed(ids), nodes=node)
+        activations = {}
+        for site, m in mask.items():
+            if m.any():  # a row per node, a value per token; four decimals are shown
+                rows = seen[site][0][:, m].T.tolist()
+                activations[site] = [[round(x, 4) for x in row] for row in rows]
+        out.append({
+            "tokens": [decode([token]) for token in ids[0].tolist()],
+            "answer": decode([int(pairs.answer[i])]),
+            "wrong": decode([int(pairs.wrong[i])]),
+            "p_answer": kept[i].sigmoid().item(),
+            "p_answer_unpruned": unpruned[i].sigmoid().item(),
+            "activations": activations,
+        })
     return out
 
 
 # --- its file --------------------------------------------------------------------------------
 
-def hash_of(directory: str) -> str:
-    """sha256 of a model's weights."""
-    with open(os.path.join(directory, "final_model.pt"), "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+FORMAT = "sparse-circuit-1"  # to be changed with what the keys below mean
+NUMBER = (int, float, type(None))  # None: what JSON has no number for, such as an infinite loss
+# Every key that some reader relies on, and its type.
+KEYS = dict(
+    format=str, model=dict, task=str, task_description=str, answers=list, target_loss=NUMBER,
+    loss=NUMBER, loss_heldout=NUMBER, unpruned_loss=NUMBER, ablation=str, logit_scale=NUMBER,
+    logit_shift=NUMBER, nodes=dict, edges=list, embedding=list, unembedding=list, means=dict,
+    n_nodes=int, n_edges=int, validation=dict, examples=list, seed=NUMBER, settings=dict)
+MODEL_KEYS = dict(dir=str, sha256=str, n_layer=int, d_model=int, n_head=int, d_head=int, d_mlp=int)
+EXAMPLE_KEYS = dict(
+    tokens=list, answer=str, wrong=str, p_answer=NUMBER, p_answer_unpruned=NUMBER, activations=dict)
+# What to do about a file that is not as prune.py left it.
+AGAIN = "prune the task again: python prune.py --model=DIR --task=TASK"
+
+
+def write_circuit(path: str, content: dict) -> None:
+    """Write a circuit.json, atomically; OSError where that cannot be done."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_atomic(path, json.dumps(content).encode())
 
 
 def read_circuit(path: str) -> dict:
-    """The content of a circuit.json. ValueError, in one line, if it is not a whole and consistent one."""
+    """The content of a circuit.json: whole, and consistent in itself.
+
+    NaN, infinities and 1e999 come out as None. ValueError, in one line, where it is truncated or
+    edited; OSError where it cannot be read. Whether it fits a model is for `circuit_of` to say.
+    """
+    def finite(text: str) -> float | None:
+        number = float(text)
+        return number if math.isfinite(number) else None
+
+    with open(path, "rb") as f:
+        raw = f.read()
     try:
-        with open(path, "rb") as f:
-            c = json.load(f)
-        nodes = {(s, i) for s, channels in c["nodes"].items() for i in channels}
-        edges = {(a, j, b, i): weight for a, j, b, i, weight in c["edges"]}
-        ends = {end for a, j, b, i in edges for end in ((a, j), (b, i))}
-        numbers = [*edges.values(), *(x for mean in c["means"].values() for x in mean),
-                   *(c[k] for k in ("logit_scale", "logit_shift", "loss", "target_loss"))]
-        whole = (c["format"], c["n_nodes"], c["n_edges"]) == ("sparse-circuit-1", len(nodes), len(edges)) and ends <= nodes
-        whole = whole and len(edges) == len(c["edges"]) and all(isinstance(x, (int, float)) for x in numbers)
-        whole = whole and all(isinstance(c[k], dict) for k in ("model", "means", "validation", "settings"))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is truncated or no circuit file ({type(e).__name__}: {e}); prune the task again") from e
-    if not whole:
-        raise ValueError(f"{path} was edited: its counts, nodes and edges do not agree; prune the task again")
-    return c
+        content = json.loads(raw, parse_constant=finite, parse_float=finite)
+    except (ValueError, RecursionError) as e:
+        # RecursionError: brackets too deep; the parser's own words can quote the whole file
+        raise ValueError(f"{path} is not JSON, perhaps truncated ({str(e)[:80]}); {AGAIN}") from e
+    try:
+        _check(content)
+    # where a list or an object is something else, the checks themselves go astray
+    except (ValueError, TypeError, AttributeError, LookupError) as e:
+        why = " ".join(str(e).split())
+        raise ValueError(f"{path} is not a circuit file, or was edited: {why}; {AGAIN}") from e
+    return content
 
 
-def circuit_of(c: dict, model: GPT) -> tuple[Circuit, Nodes]:
-    """The circuit that a file describes, and its constants. ValueError where its names or weights are not the model's."""
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _need_keys(x: object, types: dict, where: str = "") -> None:
+    _need(isinstance(x, dict), f"{where or 'the file'} holds no JSON object")
+    for key, kind in types.items():
+        _need(key in x, f"no key '{where}{key}'")
+        _need(isinstance(x[key], kind), f"'{where}{key}' has the wrong type")
+
+
+def _check(c: object) -> None:
+    """All that validate.py, steer.py and the page rely on."""
+    _need_keys(c, KEYS)
+    _need_keys(c["model"], MODEL_KEYS, "model.")
+    _need(c["format"] == FORMAT, f"format is {c['format']!r}, not {FORMAT!r}")
+    two_texts = len(c["answers"]) == 2 and all(isinstance(a, str) for a in c["answers"])
+    _need(two_texts, "'answers' is not two strings")
+    for site, mean in c["means"].items():  # of every site, also of those without a node
+        _need(isinstance(mean, list) and all(isinstance(x, NUMBER) for x in mean),
+              f"'means.{site}' is not a list of numbers")
+    _check_graph(c)
+    for entry in c["embedding"] + c["unembedding"]:
+        kinds = [type(x) for x in entry[1:]]
+        _need(len(entry) == 4 and kinds in ([str, int, float], [str, int, int]),
+              f"embedding entry {entry} is not [token id, token, channel, weight]")
+    for i, example in enumerate(c["examples"]):
+        _need_keys(example, EXAMPLE_KEYS, f"examples[{i}].")
+        for site, rows in example["activations"].items():
+            whole = all(isinstance(x, NUMBER) for row in rows for x in row)
+            whole = whole and all(len(row) == len(example["tokens"]) for row in rows)
+            whole = whole and len(rows) == len(c["nodes"].get(site, ()))
+            _need(whole, f"examples[{i}].activations['{site}'] is not a value per node and token")
+
+
+def _check_graph(c: dict) -> None:
+    """Nodes at known sites, each with a constant; edges between them; their counts."""
+    nodes = [(site, channel) for site, channels in c["nodes"].items() for channel in channels]
+    for site, channel in nodes:
+        layer, _, place = site.partition(".")
+        if not (place in SITES and layer.isdecimal() and int(layer) < c["model"]["n_layer"]):
+            raise ValueError(f"unknown site '{site}'; the nearest is '{nearest(site, c['means'])}'")
+        # type(), because true is an int as well
+        _need(type(channel) is int and 0 <= channel < len(c["means"].get(site, ())),
+              f"'means' lacks {site}.{channel}")
+
+    there = set(nodes)
+    for edge in c["edges"]:
+        _need(len(edge) == 5 and type(edge[4]) in (int, float),
+              f"edge {edge} is not [site, channel, site, channel, weight]")
+        for site, channel in (edge[:2], edge[2:4]):
+            _need((site, channel) in there and type(channel) is int,
+                  f"edge {edge}: {site}.{channel} is not in 'nodes'")
+
+    # what is listed twice counts once
+    for key, listed in (("n_nodes", nodes), ("n_edges", [tuple(edge[:4]) for edge in c["edges"]])):
+        _need(c[key] == len(listed) == len(set(listed)),
+              f"'{key}' is {c[key]}, but the file lists {len(listed)}, {len(set(listed))} distinct")
+
+
+def circuit_of(content: dict, model: GPT) -> tuple[Circuit, Nodes]:
+    """The circuit of a file's content, and its constants.
+
+    ValueError where its names or weights are not the model's.
+    """
     device = model.lm_head.weight.device
-    for site, channels in c["nodes"].items():
-        if site not in model.sites:
-            raise ValueError(f"the circuit names the site '{site}', which the model lacks; the nearest is '{nearest(site, model.sites)}'")
-        if not all(isinstance(i, int) and 0 <= i < model.config.site_width(site) for i in channels):
-            raise ValueError(f"the circuit names a channel of {site} past the model's {model.config.site_width(site)}")
-    mask = {s: torch.zeros(model.config.site_width(s), dtype=torch.bool, device=device) for s in model.sites}
-    for site, channels in c["nodes"].items():
+    # None is a number that JSON lacks: to be shown as a dash, but nothing to compute with
+    for key in ("logit_scale", "logit_shift", "loss", "target_loss"):
+        _need(content[key] is not None, f"the circuit's {key} is no number: it was edited")
+
+    mask = {}
+    constants = {}
+    for site in model.sites:
+        width = model.config.site_width(site)
+        mean = content["means"].get(site, ())
+        _need(len(mean) == width and None not in mean, "the circuit's means do not fit the "
+              "model's sites: it is of another model, or was edited")
+        mask[site] = torch.zeros(width, dtype=torch.bool, device=device)
+        constants[site] = torch.tensor(mean, device=device)
+    for site, channels in content["nodes"].items():
+        _need(site in mask, f"the model lacks the site '{site}': the circuit is of another model")
         mask[site][channels] = True
+
     edges = {key: torch.zeros_like(kept) for key, kept in all_edges(model).items()}
-    weights = {(a, b): w for a, b, w, _ in weights_between(model)}
-    for a, j, b, i, weight in c["edges"]:
-        if (a, b) not in edges or weights[a, b][i, j] == 0 or not abs(weights[a, b][i, j].item() - weight) <= 1e-5:
-            raise ValueError(f"the model has no weight {weight} from {a}.{j} to {b}.{i}: the circuit is of another model, or was edited")
+    # the weights name the model: they are looked up one by one, as far as the file's decimals go
+    weights = {(a, b): weight for a, b, weight, _ in weights_between(model)}
+    for a, j, b, i, weight in content["edges"]:
+        if (a, b) not in edges or weights[a, b][i, j] == 0 \
+                or not abs(weights[a, b][i, j].item() - weight) <= 1e-5:
+            raise ValueError(f"the model has no weight {weight} from {a}.{j} to {b}.{i}: the "
+                             "circuit is of another model, or was edited")
         edges[a, b][i, j] = True
-    constants = {s: torch.tensor(c["means"].get(s, []), device=device) for s in model.sites}
-    if any(len(constants[s]) != len(mask[s]) for s in model.sites):
-        raise ValueError("the circuit's means do not fit the model's sites: it is of another model, or was edited")
-    return Circuit(mask, edges, c["logit_scale"], c["logit_shift"], c["loss"]), constants
+    scale, shift, loss = content["logit_scale"], content["logit_shift"], content["loss"]
+    return Circuit(mask, edges, scale, shift, loss), constants

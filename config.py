@@ -1,17 +1,29 @@
 """The command line that every script shares: TOML file + `--key=value` -> a typed dataclass.
 
 - `python train.py --config=configs/demo.toml --lr=0.02`: the file first, then the overrides.
-- An unknown key, a value of the wrong type or an unreadable file is one line and exit status 2.
+- A field's type is that of its default; its bounds stand beside it: `bounded`, `one_of`.
+- An unknown key, or a value of the wrong type or out of bounds, is one line and exit status 2.
 - `write_atomic`: a file is either the old one or the new one, never half of it.
 """
 import difflib
 import json
+import math
 import os
 import sys
 import tempfile
 import tomllib
-from dataclasses import fields
-from typing import Callable, Iterable, NoReturn
+from collections.abc import Callable, Iterable
+from dataclasses import field, fields
+from typing import NoReturn
+
+# How a message names the type that a key wants.
+TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a number or several",
+}
 
 
 def die(message: str) -> NoReturn:
@@ -26,59 +38,138 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
 
 
+# --- bounds, beside the fields ---------------------------------------------------------------
+
+def bounded(default, *, at_least=None, above=None, at_most=None, below=None):
+    """A dataclass field that holds a finite number within bounds; of a tuple, every number."""
+    limits = dict(at_least=at_least, above=above, at_most=at_most, below=below)
+    return field(default=default, metadata={"limits": limits})
+
+
+def one_of(default: str, *others: str):
+    """A dataclass field that holds one of these words."""
+    return field(default=default, metadata={"words": (default, *others)})
+
+
+def out_of_bounds(cfg) -> str | None:
+    """The first field of the dataclass `cfg` that breaks its bounds, in one line, or None."""
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        # a choice among words
+        words = f.metadata.get("words")
+        if words is not None and value not in words:
+            return f"{f.name} must be {_or(words)}, not {value!r}"
+
+        # a number, or several, within limits
+        limits = f.metadata.get("limits")
+        if limits is None:
+            continue
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if not _within(number, **limits):
+                return f"{f.name} must be {_range(**limits)}, not {number}"
+    return None
+
+
+def _within(number, at_least, above, at_most, below) -> bool:
+    # isfinite first: a NaN passes every comparison that is asked the other way round
+    return (
+        math.isfinite(number)
+        and (at_least is None or number >= at_least)
+        and (above is None or number > above)
+        and (at_most is None or number <= at_most)
+        and (below is None or number < below)
+    )
+
+
+def _range(at_least, above, at_most, below) -> str:
+    named = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
+    said = [f"{name} {limit}" for name, limit in named if limit is not None]
+    return " and ".join(said) or "a finite number"
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+# --- from file and command line to the dataclass ---------------------------------------------
+
 def parse(cls, argv: list[str]):
     """Build the dataclass `cls` from `argv`: `--config=FILE.toml` and `--key=value` overrides.
 
-    The type of a field is the type of its default; a tuple holds numbers (`0.5,0.15`). `--key` alone sets a bool to true.
-    Exits with status 2, and one line that names the key, on any key or value that does not fit.
+    The type of a field is the type of its default; a tuple holds numbers (`0.5,0.15`). `--key`
+    alone sets a bool to true. Exits with status 2, and one line that names the key, on any key or
+    value that does not fit.
     """
     types = {f.name: type(f.default) for f in fields(cls)}
-    values, source = {}, None
+    source, overrides = _read_argv(cls, argv, types)
+    values = {} if source is None else read_toml(source)
+    where = dict.fromkeys(values, source)  # for messages: who asked for this value
+    for key, text in overrides:
+        values[key] = _literal(text, types.get(key, str))
+        where[key] = "the command line"
+
+    # file and command line are checked alike, whichever a value comes from
+    for key, value in values.items():
+        if key not in types:
+            meant = nearest(key, types)
+            die(f"unknown key '{key}' in {where[key]}; the nearest valid key is '{meant}'")
+        values[key] = _as_type(value, types[key])
+        if values[key] is None:
+            wanted = TYPE_NAMES[types[key]]
+            die(f"key '{key}' in {where[key]} must be {wanted}, not {value!r}")
+
+    cfg = cls(**values)
+    complaint = out_of_bounds(cfg)
+    if complaint:
+        die(complaint)
+    return cfg
+
+
+def _read_argv(cls, argv: list[str], types: dict) -> tuple[str | None, list[tuple[str, str]]]:
+    """The name of the config file, if there is one, and the overrides as (key, text)."""
+    source = None
     overrides = []
     for arg in argv:
-        key, eq, text = arg.removeprefix("--").partition("=")
+        key, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or not key:
             die(f"'{arg}' is not understood; options are --key=value, --config=FILE.toml or --help")
         if key == "help":
-            print(sys.modules[cls.__module__].__doc__)
-            print("Options (and keys of the TOML file), with their defaults:")
-            print("\n".join(f"  --{f.name}={','.join(map(str, f.default)) if types[f.name] is tuple else f.default}" for f in fields(cls)))
+            _print_help(cls)
             raise SystemExit(0)
         if key == "config":
             source = text
-        else:
-            if not eq and types.get(key, bool) is not bool:
-                die(f"key '{key}' in the command line needs a value: --{key}=...")
-            overrides.append((key, text if eq else "true"))
-    if source is not None:
-        try:
-            with open(source, "rb") as f:
-                values = tomllib.load(f)
-        except OSError as e:
-            die(f"cannot read the config file {source!r}: {e.strerror}")
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            die(f"{source} is not valid TOML: {e}")
-    where = dict.fromkeys(values, source)
-    for key, text in overrides:
-        values[key], where[key] = _literal(text, types.get(key, str)), "the command line"
-    for key, value in values.items():
-        if key not in types:
-            die(f"unknown key '{key}' in {where[key]}; the nearest valid key is '{nearest(key, types)}'")
-        want = types[key]
-        if want is float and type(value) is int:
-            values[key] = float(value)
-        elif want is tuple and (numbers := value if type(value) is list else [value]) and all(type(x) in (int, float) for x in numbers):
-            values[key] = tuple(map(float, numbers))
-        elif type(value) is not want:
-            die(f"key '{key}' in {where[key]} must be {_NAMES[want]}, not {value!r}")
-    return cls(**values)
+            continue
+        # --flag alone is an answer; --lr alone is a value that was forgotten
+        if not equals and types.get(key, bool) is not bool:
+            die(f"key '{key}' in the command line needs a value: --{key}=...")
+        overrides.append((key, text if equals else "true"))
+    return source, overrides
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a number or several"}
+def _print_help(cls) -> None:
+    print(sys.modules[cls.__module__].__doc__)
+    print("Options (and keys of the TOML file), with their defaults:")
+    for f in fields(cls):
+        default = f.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        print(f"  --{f.name}={default}")
+
+
+def read_toml(path: str) -> dict:
+    """The content of a TOML file. Exits with status 2, in one line, where it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return tomllib.load(f)
+    except OSError as e:
+        die(f"cannot read the config file {path!r}: {e.strerror}")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        die(f"{path} is not valid TOML: {e}")
 
 
 def _literal(text: str, want: type):
-    """The command line's text as the type that the key wants; the text itself where it is not one."""
+    """The command line's text as the type that the key wants; as it is where it is not one."""
     if want is tuple:
         return [_literal(part, float) for part in text.split(",")]
     if want is bool:
@@ -89,32 +180,56 @@ def _literal(text: str, want: type):
         return text
 
 
+def _as_type(value, want: type):
+    """A value of TOML as the type that the key wants; None where it is of another type."""
+    if want is float and type(value) is int:  # TOML tells 3 from 3.0, people do not
+        return float(value)
+    if want is tuple:
+        numbers = value if type(value) is list else [value]
+        if numbers and all(type(x) in (int, float) for x in numbers):
+            return tuple(map(float, numbers))
+        return None
+    return value if type(value) is want else None  # type(), because a bool is an int as well
+
+
 def to_toml(cfg) -> str:
     """The dataclass as TOML that `parse` reads back."""
-    def show(v):
-        if isinstance(v, bool):
-            return str(v).lower()
-        if isinstance(v, str):
-            return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")  # else TOML's escapes are JSON's
-        return repr(list(v) if isinstance(v, tuple) else v)
-    return "".join(f"{f.name} = {show(getattr(cfg, f.name))}\n" for f in fields(cfg))
+    return "".join(f"{f.name} = {_toml_value(getattr(cfg, f.name))}\n" for f in fields(cfg))
 
 
-def write_atomic(path: str, write: Callable) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then rename it to `path`.
+def _toml_value(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # TOML's escapes are JSON's, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return repr(list(value))
+    return repr(value)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+def write_atomic(path: str, content: bytes | Callable) -> None:
+    """Write `content`, bytes or a function of the open file, to a temporary file beside `path`,
+    then rename it to `path`.
 
     Raises OSError when it cannot be written (disk full, no permission); `path` is then untouched.
     """
     folder = os.path.dirname(path) or "."
+    # in the same folder, because a rename is atomic only within one file system
     fd, tmp = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
     try:
         with os.fdopen(fd, "wb") as f:
-            write(f)
+            if callable(content):
+                content(f)
+            else:
+                f.write(content)
             f.flush()
-            os.fsync(f.fileno())  # a rename that outlives a power cut must not point at an empty file
+            # a rename that outlives a power cut must not point at an empty file
+            os.fsync(f.fileno())
         os.chmod(tmp, 0o644)  # mkstemp makes private files
         os.replace(tmp, path)
-    except BaseException as e:
+    except BaseException as e:  # Ctrl-C too
         if os.path.exists(tmp):
             os.unlink(tmp)
         if isinstance(e, RuntimeError):  # torch.save wraps a failed write

@@ -7,14 +7,16 @@
   Recording, masking, ablating and steering are all such a function. None: no trace of it.
 - `GPT.load(dir)` / `model.save(dir)`: `beeg_config.json` + `final_model.pt`, as published.
 
-Paper sections 2.1 and A.1; the eight node sites of a layer are in `SITES`.
+Paper sections 2.1 and A.1; every site is in the table below.
 """
+import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -23,17 +25,58 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import write_atomic
-from kernels import abstopk, linear, sink_attention
+from ops import abstopk, linear, sink_attention
 
 NodeFn = Callable[[str, Tensor], Tensor]  # (site, activations (B, T, width)) -> activations
 
-# The node sites of a layer in forward order, with the name under which the published config
-# lists the AbsTopK at that place.
+# Every site that reaches `nodes`, in forward order; layer N's is called "N.attn.q", and so on.
+#
+#   site              what                                            width             a node
+#   resid_in          the stream before attention                     d_model           no
+#   attn.act_in       what attention reads: the stream, normed        d_model + d_pos   yes
+#   attn.q, .k, .v    queries, keys, values; all heads side by side   n_head * d_head   yes
+#   attn.y            what the heads gathered, before c_proj          n_head * d_head   no
+#   attn.resid_delta  what attention adds to the stream               d_model           yes
+#   resid_mid         the stream between attention and MLP            d_model           no
+#   mlp.act_in        what the MLP reads: the stream, normed          d_model + d_pos   yes
+#   mlp.post_act      MLP neurons, after the activation               d_mlp             yes
+#   mlp.resid_delta   what the MLP adds to the stream                 d_model           yes
+#   final_resid       the stream after the last layer; no "N."        d_model           no
+#
+# The eight that hold nodes can have an AbsTopK just before `nodes` sees them (paper, Fig. 12):
+# site -> the name by which the published config's afrac_loctypes switches it on.
 SITES = {
-    "attn.act_in": "attn_in", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
+    "attn.act_in": "attn_in",
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
     "attn.resid_delta": "attn_out",
-    "mlp.act_in": "mlp_in", "mlp.post_act": "mlp_neuron", "mlp.resid_delta": "mlp_out",
+    "mlp.act_in": "mlp_in",
+    "mlp.post_act": "mlp_neuron",
+    "mlp.resid_delta": "mlp_out",
 }
+# The residual stream itself stays whole in the paper; the format has names for it all the same.
+STREAM_LOCTYPES = ("resid_post_attn", "resid_post_mlp")
+
+# Keys that stand in published configs and change nothing in the forward pass.
+IGNORED_KEYS = ("bigram_table_rank", "pfrac", "expansion_factor", "expansion_factor_mlp",
+                "debug_exact_topk", "sparse_matmul_impl")
+RENAMED_KEYS = {"n_mlp": "d_mlp", "n_embd": "d_model"}
+
+
+def record(into: dict[str, Tensor]) -> NodeFn:
+    """A node function that keeps each site's activations, (B, T, width), detached, in `into`.
+
+        seen = {}
+        model(idx, nodes=record(seen))
+        seen["0.mlp.post_act"]
+
+    It changes nothing. Where `into` is used again, the later pass replaces what was there.
+    """
+    def node(site: str, x: Tensor) -> Tensor:
+        into[site] = x.detach()
+        return x
+    return node
 
 
 @dataclass
@@ -43,7 +86,7 @@ class GPTConfig:
     vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
-    d_head: Optional[int] = None          # default d_model // n_head; n_head * d_head may differ from d_model
+    d_head: Optional[int] = None          # default d_model // n_head; any other is allowed
     d_model: int = 768
     dropout: float = 0.0
     bias: bool = True                     # in the linear maps
@@ -60,36 +103,49 @@ class GPTConfig:
     d_mlp: Optional[int] = None           # default 4 * d_model
     enable_bigram_table: bool = False
     learnable_bigram_table: bool = False
-    d_pos_emb: Optional[int] = None       # width of positions concatenated to each read; None = added once
+    d_pos_emb: Optional[int] = None       # width of positions beside each read; None = added once
     dropout_cat_pos_emb: bool = False
     sinusoidal_cat_pos_emb: bool = False
     enable_sparse_kernels: bool = False   # the authors' own inference kernels; changes no result
-    flash: bool = True                    # False = plain softmax over a T x T matrix, to compare with
+    flash: bool = True                    # False = a T x T matrix, to compare with
     sink: bool = False
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        # what is left out follows from d_model, as the authors' loader has it
         if self.d_head is None:
-            self.d_head = self.d_model // self.n_head
+            self.d_head = self.d_model // max(1, self.n_head)
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
-        for name in ("d_head", "d_mlp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, allowed in (("residual_activation_type", ("identity", "relu")),
-                              ("activation_type", ("gelu", "relu"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model", "d_head", "d_mlp"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self._check_name("residual_activation_type", ("identity", "relu"))
+        self._check_name("activation_type", ("gelu", "relu"))
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
             raise ValueError("sinusoidal_cat_pos_emb needs d_pos_emb")
-        known = {*SITES.values(), "resid_post_attn", "resid_post_mlp"}
-        for place in self.afrac_loctypes.split(",") if self.afrac_loctypes else ():
+
+        known = {*SITES.values(), *STREAM_LOCTYPES}
+        for place in self.topk_at:
             if place not in known:
-                raise ValueError(f"afrac_loctypes names '{place}'; known are {', '.join(sorted(known))}")
-        if self.afrac is not None and not (0 < self.afrac <= 1 and int(self.afrac * min(self.d_model, self.n_head * self.d_head, self.d_mlp)) >= 1):
-            raise ValueError(f"afrac {self.afrac} keeps no channel of the narrowest site, or more than all")
+                names = ", ".join(sorted(known))
+                raise ValueError(f"afrac_loctypes names '{place}'; known are {names}")
+        # k = int(afrac * width) must be at least 1 at every site
+        if self.afrac is not None:
+            narrowest = min(self.d_model, self.n_head * self.d_head, self.d_mlp)
+            if not (0 < self.afrac <= 1 and int(self.afrac * narrowest) >= 1):
+                raise ValueError(
+                    f"afrac {self.afrac} keeps no channel of the narrowest site, or more than all")
+
+    def _check_name(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise ValueError(f"{field} must be one of {', '.join(allowed)}, not {value!r}")
+
+    @property
+    def topk_at(self) -> set[str]:
+        """The published names of the places where AbsTopK acts if afrac is given."""
+        return set(self.afrac_loctypes.split(",")) if self.afrac_loctypes else set()
 
     def site_width(self, site: str) -> int:
         """Channels of a node site such as `3.attn.q`."""
@@ -98,15 +154,25 @@ class GPTConfig:
             return self.n_head * self.d_head
         if name == "mlp.post_act":
             return self.d_mlp
-        return self.d_model + (self.d_pos_emb or 0) if name.endswith("act_in") else self.d_model
+        if name.endswith("act_in"):
+            return self.d_read
+        return self.d_model
+
+    @property
+    def d_read(self) -> int:
+        """Channels that a sublayer reads: the stream's, and positions where they are beside it."""
+        return self.d_model + (self.d_pos_emb or 0)
 
 
 def _norm(config: GPTConfig, width: int) -> nn.Module:
-    return nn.RMSNorm(width) if config.rms_norm else nn.LayerNorm(width, bias=config.ln_bias)
+    # RMSNorm keeps zero where it is, so that a channel which is off stays off (paper 2.1)
+    if config.rms_norm:
+        return nn.RMSNorm(width)
+    return nn.LayerNorm(width, bias=config.ln_bias)
 
 
 class Linear(nn.Linear):
-    """nn.Linear that skips the zeros of a sparse matrix where that is faster (kernels.py)."""
+    """nn.Linear that skips the zeros of a sparse matrix where that is faster (ops.py)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -117,35 +183,45 @@ class Linear(nn.Linear):
 
 
 class SinkLogit(nn.Module):
+    """A module of its own for the sake of the published key `attn_imp.sink_logit`."""
+
     def __init__(self, n_head: int):
         super().__init__()
         self.sink_logit = nn.Parameter(torch.zeros(n_head))
 
 
 class Attention(nn.Module):
+    """Causal attention over what is read from the stream, (B, T, d_read) -> (B, T, d_model)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         width = config.n_head * config.d_head
-        self.c_attn = Linear(config.d_model + (config.d_pos_emb or 0), 3 * width, bias=config.bias)
+        self.c_attn = Linear(config.d_read, 3 * width, bias=config.bias)  # q, k and v stacked
         self.c_proj = Linear(width, config.d_model, bias=config.bias)
-        self.attn_imp = SinkLogit(config.n_head) if config.sink else None  # a module for the published key's sake
+        self.attn_imp = SinkLogit(config.n_head) if config.sink else None
         self.resid_dropout = nn.Dropout(config.dropout)
         self.config = config
 
     def forward(self, x: Tensor, node: NodeFn) -> Tensor:
-        c = self.config
-        B, T, _ = x.shape
         q, k, v = self.c_attn(node("attn.act_in", x)).chunk(3, dim=-1)  # each (B, T, H * d_head)
-        q, k, v = node("attn.q", q), node("attn.k", k), node("attn.v", v)
-        q, k, v = (z.view(B, T, c.n_head, c.d_head).transpose(1, 2) for z in (q, k, v))  # (B, H, T, d_head)
-        y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, c.n_head * c.d_head)
+        q = self.by_head(node("attn.q", q))
+        k = self.by_head(node("attn.k", k))
+        v = self.by_head(node("attn.v", v))
+        y = self.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H * d_head)
+        # y is no node: an edge goes from a value channel through c_proj to what is written
         y = self.resid_dropout(self.c_proj(node("attn.y", y)))
         return node("attn.resid_delta", y)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(B, T, H * d_head) -> (B, H, T, d_head)."""
+        c = self.config
+        return x.view(*x.shape[:2], c.n_head, c.d_head).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k' / sqrt(d_head)) v over earlier positions, the sink in the denominator."""
         sink = self.attn_imp.sink_logit if self.attn_imp else None
         dropout_p = self.config.dropout if self.training else 0.0
+        # flash: no T x T matrix is ever held, forward or backward
         if self.config.flash:
             if sink is not None:
                 return sink_attention(q, k, v, sink, dropout_p)
@@ -154,23 +230,29 @@ class Attention(nn.Module):
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(D)  # (B, H, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-        if sink is not None:
-            scores = torch.cat([sink.to(scores.dtype).view(1, H, 1, 1).expand(B, H, T, 1), scores], -1)
-        p = F.dropout(scores.softmax(-1), dropout_p)
-        return (p if sink is None else p[..., 1:]) @ v
+        if sink is None:
+            return F.dropout(scores.softmax(-1), dropout_p) @ v
+        # the sink is one more place to look at, whose value is zero
+        sink = sink.to(scores.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+        p = F.dropout(torch.cat([sink, scores], -1).softmax(-1), dropout_p)
+        return p[..., 1:] @ v
 
 
 class MLP(nn.Module):
+    """What is read from the stream, (B, T, d_read) -> neurons (B, T, d_mlp) -> (B, T, d_model)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.d_model + (config.d_pos_emb or 0), config.d_mlp, bias=config.bias)
+        self.c_fc = Linear(config.d_read, config.d_mlp, bias=config.bias)
         self.c_proj = Linear(config.d_mlp, config.d_model, bias=config.bias)
         self.act = F.gelu if config.activation_type == "gelu" else F.relu
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, node: NodeFn) -> Tensor:
-        x = node("mlp.post_act", self.act(self.c_fc(node("mlp.act_in", x))))
-        return node("mlp.resid_delta", self.dropout(self.c_proj(x)))
+        x = self.act(self.c_fc(node("mlp.act_in", x)))
+        x = self.c_proj(node("mlp.post_act", x))
+        # dropout comes before the site, so that `nodes` has the last word on what is written
+        return node("mlp.resid_delta", self.dropout(x))
 
 
 class Block(nn.Module):
@@ -178,46 +260,76 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1, self.attn = _norm(config, config.d_model), Attention(config)
-        self.ln_2, self.mlp = _norm(config, config.d_model), MLP(config)
+        self.config = config
+        self.layer = layer
+        self.topk_at = config.topk_at if config.afrac is not None else set()
+        self.ln_1 = _norm(config, config.d_model)
+        self.attn = Attention(config)
+        self.ln_2 = _norm(config, config.d_model)
+        self.mlp = MLP(config)
         if config.d_pos_emb is not None:
-            self.ln_p1, self.ln_p2 = _norm(config, config.d_pos_emb), _norm(config, config.d_pos_emb)
-        self.pos_dropout = nn.Dropout(config.dropout if config.dropout_cat_pos_emb else 0.0)
-        self.config, self.layer = config, layer
-        self.topk_at = set(config.afrac_loctypes.split(",")) if config.afrac is not None else set()
+            self.ln_p1 = _norm(config, config.d_pos_emb)
+            self.ln_p2 = _norm(config, config.d_pos_emb)
+        dropout = config.dropout if config.dropout_cat_pos_emb else 0.0
+        self.pos_dropout = nn.Dropout(dropout)
 
-    def attention(self, h: Tensor, nodes: Optional[NodeFn] = None, wpe: Optional[Tensor] = None) -> Tensor:
-        return self._sublayer(h, nodes, wpe, "resid_in", self.ln_1, "ln_p1", self.attn, "resid_post_attn")
+    def attention(self, h: Tensor, nodes: Optional[NodeFn] = None,
+                  wpe: Optional[Tensor] = None) -> Tensor:
+        """The stream (B, T, d_model) before attention -> after it. wpe: positions to read."""
+        node = self.sites_of_this_layer(nodes)
+        h = node("resid_in", h)
+        # normed anew at each read; the stream itself is never normed
+        read = self.ln_1(h)
+        if wpe is not None:
+            read = self.with_positions(read, self.ln_p1(wpe[: h.shape[1]]))
+        return self.add(h, self.attn(read, node), "resid_post_attn")
 
-    def feedforward(self, h: Tensor, nodes: Optional[NodeFn] = None, wpe: Optional[Tensor] = None) -> Tensor:
-        return self._sublayer(h, nodes, wpe, "resid_mid", self.ln_2, "ln_p2", self.mlp, "resid_post_mlp")
+    def feedforward(self, h: Tensor, nodes: Optional[NodeFn] = None,
+                    wpe: Optional[Tensor] = None) -> Tensor:
+        """The stream (B, T, d_model) before the MLP -> after it. wpe: positions to read."""
+        node = self.sites_of_this_layer(nodes)
+        h = node("resid_mid", h)
+        read = self.ln_2(h)
+        if wpe is not None:
+            read = self.with_positions(read, self.ln_p2(wpe[: h.shape[1]]))
+        return self.add(h, self.mlp(read, node), "resid_post_mlp")
 
-    def _sublayer(self, h, nodes, wpe, site, norm, norm_p, f, loctype):
+    def sites_of_this_layer(self, nodes: Optional[NodeFn]) -> NodeFn:
+        """The one place that every site passes through: AbsTopK, then `nodes` under its name."""
         def node(site: str, x: Tensor) -> Tensor:
-            """Decision 2: the one place that every node site passes through."""
-            x = self._topk(SITES.get(site), x)
+            x = self.topk(SITES.get(site), x)
             if self.config.debug_nans and not x.isfinite().all():
                 raise FloatingPointError(f"not finite at {self.layer}.{site}")
-            return x if nodes is None else nodes(f"{self.layer}.{site}", x)
+            if nodes is None:
+                return x
+            return nodes(f"{self.layer}.{site}", x)
+        return node
 
-        h = node(site, h)
-        x = norm(h)
-        if wpe is not None:  # positions are read-only channels beside the stream
-            pos = self.pos_dropout(getattr(self, norm_p)(wpe[: h.shape[1]]))
-            x = torch.cat([x, pos.to(x.dtype).expand(h.shape[0], -1, -1)], dim=-1)
-        h = h + f(x, node)
+    def topk(self, loctype: Optional[str], x: Tensor) -> Tensor:
+        """AbsTopK of x (B, T, width) where the config asks for it (paper 2.1)."""
+        if loctype not in self.topk_at:
+            return x
+        return abstopk(x, int(self.config.afrac * x.shape[-1]))
+
+    def with_positions(self, read: Tensor, positions: Tensor) -> Tensor:
+        """Positions (T, d_pos_emb) as read-only channels beside the stream's, (B, T, d_model)."""
+        positions = self.pos_dropout(positions).to(read.dtype)
+        return torch.cat([read, positions.expand(read.shape[0], -1, -1)], dim=-1)
+
+    def add(self, h: Tensor, delta: Tensor, loctype: str) -> Tensor:
+        h = h + delta
         if self.config.residual_activation_type == "relu":
             h = h.relu()
-        return self._topk(loctype, h)
-
-    def _topk(self, loctype: Optional[str], x: Tensor) -> Tensor:
-        return abstopk(x, int(self.config.afrac * x.shape[-1])) if loctype in self.topk_at else x
+        return self.topk(loctype, h)
 
 
 class GPT(nn.Module):
+    """The whole model; its attributes' names are those of the published weights."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        c = self.config = config
+        self.config = c = config
+        # wpe is there even where positions are off: the published files always have it
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.d_model),
             wpe=nn.Embedding(c.block_size, c.d_model if c.d_pos_emb is None else c.d_pos_emb),
@@ -226,16 +338,21 @@ class GPT(nn.Module):
         ))
         self.drop = nn.Dropout(c.dropout)
         self.lm_head = Linear(c.d_model, c.vocab_size, bias=False)
+        # some published models add a fixed vector to the logits; ours leaves it at zero
         self.register_buffer("final_logits_bias", torch.zeros(c.vocab_size))
-        self.bigram_table = None
-        if c.enable_bigram_table:  # row = current token, added to the logits; dense and not counted in L0
-            table = torch.zeros(c.vocab_size, c.vocab_size)
-            if c.learnable_bigram_table:
-                self.bigram_table = nn.Parameter(table)
-            else:
-                del self.bigram_table
-                self.register_buffer("bigram_table", table)
-        for name, p in self.named_parameters():  # GPT-2's initialisation
+        # row = current token, added to the logits; dense and not counted in L0
+        if not c.enable_bigram_table:
+            self.bigram_table = None
+        elif c.learnable_bigram_table:
+            self.bigram_table = nn.Parameter(torch.zeros(c.vocab_size, c.vocab_size))
+        else:
+            self.register_buffer("bigram_table", torch.zeros(c.vocab_size, c.vocab_size))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's: normal, narrower where the stream is written to; biases and bigrams at zero."""
+        c = self.config
+        for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
             elif p.dim() == 2 and name != "bigram_table":
@@ -245,28 +362,37 @@ class GPT(nn.Module):
         if c.tied_unembed:
             self.transformer.wte.weight = self.lm_head.weight
         if c.sinusoidal_cat_pos_emb:
-            self.transformer.wpe.weight.requires_grad_(False).copy_(_sinusoids(c.block_size, c.d_pos_emb))
+            wpe = self.transformer.wpe.weight.requires_grad_(False)
+            wpe.copy_(_sinusoids(c.block_size, c.d_pos_emb))
 
     # --- the chain ---------------------------------------------------------------------------
 
     def embed(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) -> residual stream (B, T, d_model). ValueError if T exceeds block_size."""
-        if idx.shape[1] > self.config.block_size:
-            raise ValueError(f"{idx.shape[1]} tokens do not fit the model's block_size {self.config.block_size}")
+        """Token ids (B, T) -> stream (B, T, d_model). ValueError if T exceeds block_size."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            most = self.config.block_size
+            raise ValueError(f"{T} tokens do not fit the model's block_size {most}")
         h = self.transformer.wte(idx)
         if self.config.d_pos_emb is None:
-            h = h + self.transformer.wpe.weight[: idx.shape[1]]
+            h = h + self.transformer.wpe.weight[:T]
         return self.drop(h)
 
     @property
     def sublayers(self) -> list[Callable[..., Tensor]]:
-        """Attention 0, MLP 0, attention 1, ...: each `f(h, nodes=None)`, (B, T, d_model) -> the same."""
+        """Attention 0, MLP 0, attention 1, ...: each `f(h, nodes=None)` on h (B, T, d_model)."""
+        # positions beside the stream are no part of it, so each sublayer is given them
         wpe = self.transformer.wpe.weight if self.config.d_pos_emb is not None else None
-        return [partial(f, wpe=wpe) for b in self.transformer.h for f in (b.attention, b.feedforward)]
+        chain = []
+        for block in self.transformer.h:
+            chain.append(partial(block.attention, wpe=wpe))
+            chain.append(partial(block.feedforward, wpe=wpe))
+        return chain
 
     def run(self, h: Tensor, start: int = 0, nodes: Optional[NodeFn] = None) -> Tensor:
-        """The stream (B, T, d_model) before sublayer `start` -> the stream after the last sublayer."""
+        """The stream (B, T, d_model) before sublayer `start` -> the stream after the last one."""
         for f in self.sublayers[start:]:
+            # checkpointing: forget a sublayer's activations, compute them again for its gradient
             if self.config.grad_checkpointing and self.training:
                 h = checkpoint(f, h, nodes, use_reentrant=False)
             else:
@@ -275,9 +401,12 @@ class GPT(nn.Module):
 
     def unembed(self, h: Tensor, idx: Tensor) -> Tensor:
         """Final stream (B, T, d_model) and the tokens there (B, T) -> logits (B, T, vocab)."""
-        logits = linear(self.transformer.ln_f(h), self.lm_head.weight, self.final_logits_bias, self.lm_head.known).to(self.final_logits_bias.dtype)
+        head = self.lm_head
+        logits = linear(self.transformer.ln_f(h), head.weight, self.final_logits_bias, head.known)
+        logits = logits.to(self.final_logits_bias.dtype)
         if self.bigram_table is not None:
-            logits = F.embedding(idx, self.bigram_table).add_(logits)  # in place: this is the largest tensor there is
+            # in place: this is the largest tensor there is
+            logits = F.embedding(idx, self.bigram_table).add_(logits)
         return logits
 
     def forward(self, idx: Tensor, targets: Optional[Tensor] = None,
@@ -296,6 +425,7 @@ class GPT(nn.Module):
                  top_k: Optional[int] = None, nodes: Optional[NodeFn] = None) -> Tensor:
         """Extend prompts (B, T) by sampling; temperature 0 takes the likeliest token."""
         for _ in range(max_new_tokens):
+            # no cache of keys and values: simple, and `nodes` sees every position each time
             logits = self(idx[:, -self.config.block_size:], nodes=nodes)[0][:, -1]
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -317,8 +447,8 @@ class GPT(nn.Module):
     def save(self, path: str) -> None:
         """Write `beeg_config.json` and `final_model.pt` into the directory `path`, atomically."""
         os.makedirs(path, exist_ok=True)
-        text = json.dumps(asdict(self.config), indent=1)
-        write_atomic(os.path.join(path, "beeg_config.json"), lambda f: f.write(text.encode()))
+        config = json.dumps(asdict(self.config), indent=1).encode()
+        write_atomic(os.path.join(path, "beeg_config.json"), config)
         write_atomic(os.path.join(path, "final_model.pt"), partial(torch.save, self.state_dict()))
 
     @classmethod
@@ -327,19 +457,22 @@ class GPT(nn.Module):
 
         ValueError with one line that names the keys where config or weights do not fit.
         """
-        config_path, weights_path = (os.path.join(path, n) for n in ("beeg_config.json", "final_model.pt"))
+        config_path = os.path.join(path, "beeg_config.json")
+        weights_path = os.path.join(path, "final_model.pt")
         try:
             with open(config_path) as f:
                 config = read_config(json.load(f))
             state = torch.load(weights_path, map_location=device, weights_only=True)
         except FileNotFoundError as e:
-            raise ValueError(f"{path} is not a model directory: {os.path.basename(e.filename)} is missing") from None
+            absent = os.path.basename(e.filename)
+            raise ValueError(f"{path} is not a model directory: {absent} is missing") from None
         except json.JSONDecodeError as e:
             raise ValueError(f"{config_path} is not JSON: {e}") from None
         except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"{config_path}: {e}") from None
         except Exception as e:  # torch.load raises many kinds on a truncated or foreign file
-            raise ValueError(f"{weights_path} is truncated or not a weights file ({type(e).__name__})") from None
+            raise ValueError(f"{weights_path} is truncated or not a weights file "
+                             f"({type(e).__name__})") from None
         model = cls(config).to(device)
         try:
             model.load_weights(state)
@@ -350,33 +483,60 @@ class GPT(nn.Module):
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """A published state dict; absent and unknown keys are a ValueError that names them."""
         own = self.state_dict()
-        state = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()}
-        state = {k: v for k, v in state.items() if not k.endswith(".attn.bias")}  # an old causal-mask buffer
-        if unknown := sorted(state.keys() - own.keys()):
+        given = {}
+        for name, tensor in state.items():
+            # prefixes that wrappers of a model leave in the names of its weights
+            if not name.endswith(".attn.bias"):  # an old causal-mask buffer
+                given[name.removeprefix("module.").removeprefix("_orig_mod.")] = tensor
+        if "final_logits_bias" not in given:  # absent from some published files
+            given["final_logits_bias"] = own["final_logits_bias"]
+
+        unknown = sorted(given.keys() - own.keys())
+        if unknown:
             raise ValueError(f"unknown weights: {', '.join(unknown)}")
-        state.setdefault("final_logits_bias", own["final_logits_bias"])  # absent from some published files
-        if missing := sorted(own.keys() - state.keys()):
+        missing = sorted(own.keys() - given.keys())
+        if missing:
             raise ValueError(f"missing weights: {', '.join(missing)}")
-        if wrong := [k for k in own if own[k].shape != state[k].shape]:
-            raise ValueError(f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}, the config asks for {tuple(own[wrong[0]].shape)}")
-        self.load_state_dict(state)
+        for name, tensor in own.items():
+            if tensor.shape != given[name].shape:
+                raise ValueError(f"{name} has shape {tuple(given[name].shape)}, "
+                                 f"the config asks for {tuple(tensor.shape)}")
+        self.load_state_dict(given)
 
 
 def read_config(raw: dict) -> GPTConfig:
-    """The dict of a `beeg_config.json` -> GPTConfig; old names understood, unknown keys a ValueError."""
-    raw = {{"n_mlp": "d_mlp", "n_embd": "d_model"}.get(k, k): v for k, v in raw.items()}
-    if raw.pop("use_tied_aux_matrix", False):
+    """The dict of a `beeg_config.json` -> GPTConfig. Old names are understood; unknown keys are a
+    ValueError that names them."""
+    if raw.get("use_tied_aux_matrix"):
         raise ValueError("use_tied_aux_matrix must be false: no published code computes it")
-    for key in ("bigram_table_rank", "pfrac", "expansion_factor", "expansion_factor_mlp",
-                "debug_exact_topk", "sparse_matmul_impl"):
-        raw.pop(key, None)  # keys of the authors' training code, without effect on the forward pass
-    if unknown := sorted(raw.keys() - {f.name for f in fields(GPTConfig)}):
+    given = {}
+    for key, value in raw.items():
+        if key not in IGNORED_KEYS and key != "use_tied_aux_matrix":
+            given[RENAMED_KEYS.get(key, key)] = value
+    unknown = sorted(given.keys() - {f.name for f in fields(GPTConfig)})
+    if unknown:
         raise ValueError(f"unknown config keys: {', '.join(unknown)}")
-    return GPTConfig(**raw)
+    return GPTConfig(**given)
+
+
+def weights_hash(directory: str) -> str:
+    """sha256 of a model directory's weights, by which a circuit knows its model."""
+    # of the file, not of the tensors: quick, and any tool can check it
+    with open(os.path.join(directory, "final_model.pt"), "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def device_of(name: str) -> str:
+    """`auto`: cuda where PyTorch sees one, else cpu. ValueError for `cuda` where there is none."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but this PyTorch sees no CUDA device; use --device=cpu")
+    return name
 
 
 def _sinusoids(length: int, width: int) -> Tensor:
-    """(length, width): sines then cosines, periods log-spaced from 4 to `length` tokens."""
+    """(length, width): sines, then cosines, periods log-spaced from 4 to `length` tokens."""
     half = max(1, width // 2)
     periods = torch.logspace(math.log10(4), math.log10(max(4, length)), half)
     angle = torch.arange(length).float()[:, None] * (2 * math.pi / periods)

@@ -1,11 +1,10 @@
 """Find the smallest circuit of a model that still does a task, and write it to circuit.json.
 
 - Means of every node over pretraining data; nodes outside the circuit are held at their mean.
-- Learned node masks: a gate per node, Heaviside forward, sigmoid slope backward (paper A.5); or a
-  ranking by attribution, to compare with (Fig. 31).
-- search.py takes it from there: the fewest leading nodes that meet the target and, with --minimal,
-  no single node or edge more than the target needs.
-- Sufficiency and necessity on held-out pairs; validate.py adds the stricter controls.
+- A ranking of the nodes by learned masks: a gate per node, Heaviside forward, sigmoid slope
+  backward (paper A.5); or by attribution, to compare with (Fig. 31).
+- Bisection for the fewest leading nodes that meet the target; with --minimal, minimise.py leaves
+  no node or edge more than that needs. Then what circuit.py measures, and validate.py sharpens.
 
     python prune.py --model=out/demo --task=single_double_quote
     python prune.py --model=out/demo --task=all --minimal --jobs=2
@@ -28,96 +27,90 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuit import (Circuit, Nodes, ablate, all_edges, calibrate, calibrated, count, drop_unconnected, edges_of, finish, hash_of, inverse, last_logits,
-                     load, loss_of, margins, without_edges)
-from config import die, nearest, parse, write_atomic
-from model import GPT
-from search import Search, discretise, minimise
-from tasks import TASKS, Pairs, Task, load_pairs, task_loss
+from circuit import (Circuit, Edges, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
+                     finish, read_circuit, write_circuit)
+from config import bounded, die, nearest, one_of, parse
+from minimise import Search, minimise
+from model import GPT, device_of, weights_hash
+from tasks import (TASKS, Pairs, Task, calibrate, calibrated, last_logits, load_model, load_pairs,
+                   loss_of, margins, task_loss)
+from tokens import random_windows
 
-SLACK = 0.9  # the search aims this far below the target on its own pairs, so that held-out pairs meet it too
+SLACK = 0.9  # the search aims so far below the target on its pairs that held-out ones meet it too
 
 
 @dataclass
 class PruneConfig:
     model: str = "out/demo"         # a directory in the published format
     task: str = "single_double_quote"  # or all
-    out_dir: str = ""               # "" = the model's; the circuit goes to out_dir/task/circuit.json
+    out_dir: str = ""               # "" = the model's; the circuit: out_dir/task/circuit.json
     data: str = "data/tinypython"   # for the means: train.bin
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
-    device: str = "cpu"
-    jobs: int = 1                   # with --task=all: processes at a time
-    seed: int = 0
-    target_loss: tuple = (0.15,)    # nats; several, such as 0.5,0.15,0.05, give one circuit each
-    method: str = "learned"         # learned | attribution: how nodes are ranked
-    ablation: str = "mean"          # mean | zero: what a node outside the circuit is held at
+    device: str = one_of("cpu", "cuda")
+    jobs: int = bounded(1, at_least=1)  # with --task=all: processes at a time
+    seed: int = bounded(0, at_least=0)
+    target_loss: tuple = bounded((0.15,), above=0)  # nats; of several, one circuit each
+    method: str = one_of("learned", "attribution")  # how nodes are ranked
+    ablation: str = one_of("mean", "zero")  # what a node outside the circuit is held at
     minimal: bool = False           # then leave out single nodes and edges until none can go
-    necessity: float = 0.0          # nats; with minimal: but no node that would take the model's loss without the circuit below this
-    tune: int = 0                   # search for better settings first, by so many trials (tune.py)
+    # nats; with minimal: the model without the circuit must lose this much, or a node stays
+    necessity: float = bounded(0.0, at_least=0)
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
-    mean_tokens: int = 65536
-    train_pairs: int = 2048         # mask learning draws from these
-    fit_pairs: int = 256            # of those, the pairs that discretising and calibrating look at
-    heldout_pairs: int = 256
+    mean_tokens: int = bounded(65536, at_least=1)
+    train_pairs: int = bounded(2048, at_least=1)  # mask learning draws from these
+    fit_pairs: int = bounded(256, at_least=1)  # the first of those: for bisection and calibration
+    heldout_pairs: int = bounded(256, at_least=1)
     # mask learning (the names are paper A.5's; their values are set for small models)
-    steps: int = 300
-    batch_pairs: int = 16
-    lr: float = 0.02
+    steps: int = bounded(300, at_least=1)
+    batch_pairs: int = bounded(16, at_least=1)
+    lr: float = bounded(0.02, above=0)
     k_coef: float = 0.0003          # nats per open gate, at first
-    k_rate: float = 0.02            # per step it grows by this share while the loss is low, and shrinks where it is high; 0 = fixed, as in the paper
+    k_rate: float = 0.02            # how fast k follows the loss; 0 = fixed, as in the paper
     init_noise_scale: float = 0.01
     init_noise_bias: float = 0.1
     weight_decay: float = 0.001
     beta2: float = 0.95
-    warmup: float = 0.05
-    heaviside_temp: float = 1.0
-    grad_clip: float = 1.0
+    warmup: float = 0.05            # share of the steps
+    heaviside_temp: float = bounded(1.0, above=0)
+    grad_clip: float = bounded(1.0, above=0)
 
 
-# --- means ----------------------------------------------------------------------------------
-
-def samples(model: GPT, path: str, tokens: int, seed: int) -> Iterator[Tensor]:
-    """Random windows of the uint16 file `path`, `tokens` tokens in all, as batches (up to 32, block_size) of ids.
-
-    ValueError if the file is no such data for this model; OSError if it is missing.
-    """
-    T, size = model.config.block_size, os.path.getsize(path)
-    if size % 2 or size < 2 * T:
-        raise ValueError(f"{path} has {size} bytes: not whole uint16 tokens, or fewer than one block of {T}; prepare the data again")
-    data = np.memmap(path, dtype="<u2", mode="r")
-    if data.max() >= model.config.vocab_size:
-        raise ValueError(f"{path} holds token id {data.max()}, past the model's vocabulary of {model.config.vocab_size}")
-    starts = np.random.default_rng(seed).integers(0, len(data) - T + 1, max(1, tokens // T))
-    for i in range(0, len(starts), 32):
-        rows = np.stack([data[s : s + T] for s in starts[i : i + 32]]).astype(np.int64)
-        yield torch.from_numpy(rows).to(model.lm_head.weight.device)
-
+# --- what ablated nodes are held at ----------------------------------------------------------
 
 @torch.no_grad()
 def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
-    """Mean activation of every node over `tokens` tokens of pretraining data, as `samples` draws them (paper A.5)."""
-    sums, n = {}, 0
+    """Mean activation of every node, (width,) a site, over about `tokens` tokens of the pretraining
+    file `path` (paper A.5). ValueError where that is no data for this model."""
+    sums = {}
+    n = 0
 
-    def add(site, x):
+    def add(site: str, x: Tensor) -> Tensor:
+        # double: float32 would lose digits over so many tokens
         sums[site] = sums.get(site, 0) + x.double().sum((0, 1))
         return x
 
-    for ids in samples(model, path, tokens, seed):
+    c = model.config
+    device = model.lm_head.weight.device
+    for ids in random_windows(path, c.vocab_size, c.block_size, tokens, seed, device):
         model.run(model.embed(ids), nodes=add)
         n += ids.numel()
     return {site: (sums[site] / n).float() for site in model.sites}
 
 
 def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
-    """What the config holds ablated nodes at."""
-    if cfg.ablation == "zero":
-        return {site: model.lm_head.weight.new_zeros(model.config.site_width(site)) for site in model.sites}
-    return node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
+    """What the config holds ablated nodes at: their means, or zero."""
+    if cfg.ablation == "mean":
+        return node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
+    zeros = model.lm_head.weight.new_zeros
+    return {site: zeros(model.config.site_width(site)) for site in model.sites}
 
 
 # --- mask learning ---------------------------------------------------------------------------
 
 class _Heaviside(torch.autograd.Function):
+    """1 where tau > 0, else 0. The gradient of that is 0 almost everywhere; the backward pass takes
+    a sigmoid's, of temperature `temp`, in its place (the surrogate gradient, paper A.5)."""
+
     @staticmethod
     def forward(ctx, tau, temp):
         ctx.save_for_backward(tau)
@@ -126,62 +119,75 @@ class _Heaviside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        s = torch.sigmoid(ctx.saved_tensors[0] / ctx.temp)
+        (tau,) = ctx.saved_tensors
+        s = torch.sigmoid(tau / ctx.temp)
         return grad * s * (1 - s) / ctx.temp, None
 
 
 class Gates:
-    """One tau per node, all in one vector; `tie_qk` lets a query channel share its key channel's."""
+    """One tau per node, all in one vector; `tie_qk`: a query channel shares its key channel's."""
 
     def __init__(self, model: GPT, tie_qk: bool):
         self.widths = {site: model.config.site_width(site) for site in model.sites}
-        index, slots, start = [], {}, 0
+        index = {}  # site -> which parameters are its gates
+        n = 0
         for site, width in self.widths.items():
-            slot = site[:-1] + "q" if tie_qk and site.endswith("attn.k") else site
-            if slot not in slots:
-                slots[slot], start = torch.arange(start, start + width), start + width
-            index.append(slots[slot])
-        self.index, self.n_parameters = torch.cat(index).to(model.lm_head.weight.device), start
+            if tie_qk and site.endswith("attn.k"):
+                index[site] = index[site[:-1] + "q"]
+            else:
+                index[site] = torch.arange(n, n + width)
+                n += width
+        self.n_parameters = n
+        self.index = torch.cat(list(index.values())).to(model.lm_head.weight.device)  # (n_nodes,)
 
     def split(self, flat: Tensor) -> Nodes:
         """A value per node (n_nodes,) -> per site."""
         return dict(zip(self.widths, flat.split(list(self.widths.values()))))
 
 
-def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: PruneConfig, say=print) -> Tensor:
-    """Minimise task loss + k * open gates over tau (paper A.5). Returns tau per node, in [-1, 1].
+def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: PruneConfig,
+                say=print) -> Tensor:
+    """Minimise task loss + k * open gates over tau (paper A.5). Returns tau, in [-1, 1], per node.
 
-    k starts at k_coef and follows the loss (our choice; the paper searches for it per model and task): it
-    rises while the running mean of the loss is below 2/3 of the lowest target, and falls while it is above.
-
-    Nodes without a path from tokens to answers are ablated while learning too (our choice): they are
-    dropped in the end, and as constants that differ from their mean they would be missed.
+    k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
+    while the running mean of the loss is below 2/3 of the lowest target, and shrinks while above.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    noise = torch.randn(gates.n_parameters, generator=generator) * cfg.init_noise_scale + cfg.init_noise_bias
-    tau = noise.clamp(-1, 1).to(gates.index.device).requires_grad_()
-    optimizer = torch.optim.AdamW([tau], lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
-    answers, edges = (int(pairs.answer[0]), int(pairs.wrong[0])), {key: m.float() for key, m in all_edges(model).items()}
-    clock, k, target, mean = time.time(), cfg.k_coef, min(cfg.target_loss), 0.0
-    best, fewest = None, math.inf  # the gates to go back to where learning ends with a broken circuit
+    noise = torch.randn(gates.n_parameters, generator=generator)
+    tau = (noise * cfg.init_noise_scale + cfg.init_noise_bias).clamp(-1, 1)
+    tau = tau.to(gates.index.device).requires_grad_()
+    optimizer = torch.optim.AdamW([tau], betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
+
+    edges = {key: kept.float() for key, kept in all_edges(model).items()}  # as products need them
+    target = min(cfg.target_loss)
+    k = cfg.k_coef
+    mean = 0.0
+    best = None  # the fewest gates that met the target: where learning ends with a broken circuit
+    fewest = math.inf
+    clock = time.time()
     for step in range(cfg.steps):
+        # up over the warm-up, then down to 0 in a line
         ramp = min(1.0, (step + 1) / max(1.0, cfg.warmup * cfg.steps))
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp * (1 - step / cfg.steps)
-        batch = pairs.take(torch.randint(len(pairs), (cfg.batch_pairs,), generator=generator).to(pairs.ids.device))
-        gate = _Heaviside.apply(tau, cfg.heaviside_temp)[gates.index]
-        with torch.no_grad():  # an open gate without a path counts as closed, but still hears its gradient
-            path = drop_unconnected(model, gates.split(gate > 0), answers, edges)
-            astray = gate * ~torch.cat(list(path.values()))
-        gate = gate - astray
-        h, nodes = model.embed(batch.ids), ablate(gates.split(gate), constants)
-        for f in model.sublayers[:-1]:
-            h = f(h, nodes)
+        drawn = torch.randint(len(pairs), (cfg.batch_pairs,), generator=generator)
+        batch = pairs.take(drawn.to(pairs.ids.device))
+
+        gate = _Heaviside.apply(tau, cfg.heaviside_temp)[gates.index]  # (n_nodes,)
+        gate = close_astray(model, gate, gates, batch, edges)
+        nodes = ablate(gates.split(gate), constants)
+        h = model.embed(batch.ids)
+        for sublayer in model.sublayers[:-1]:  # the last one only at the last token: `finish`
+            h = sublayer(h, nodes)
         loss = task_loss(finish(model, h, batch, nodes), batch)
         (loss + k * gate.sum()).backward()
+
         mean = 0.9 * mean + 0.1 * loss.item() if step else loss.item()
+        # down faster than up: a broken circuit has little gradient by which it could mend
         k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / (2 / 3 * target))))
         if max(mean, loss.item()) <= target and gate.sum() < fewest:
-            best, fewest = tau.detach().clone(), gate.sum()
+            best = tau.detach().clone()
+            fewest = gate.sum()
+
         torch.nn.utils.clip_grad_norm_([tau], cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -189,23 +195,77 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
             tau.clamp_(-1, 1)
         if (step + 1) % 25 == 0:
             left = (time.time() - clock) / (step + 1) * (cfg.steps - step - 1)
-            say(f"  masks {step + 1}/{cfg.steps}  task loss {loss.item():.3f}  open gates {int(gate.sum())}  {left:.0f} s left")
-    return (best if mean > target and best is not None else tau.detach())[gates.index]
+            say(f"  masks {step + 1}/{cfg.steps}  task loss {loss.item():.3f}  "
+                f"open gates {int(gate.sum())}  {left:.0f} s left")
+    if best is None or mean <= target:
+        best = tau.detach()
+    return best[gates.index]
+
+
+def close_astray(model: GPT, gate: Tensor, gates: Gates, pairs: Pairs, edges: Edges) -> Tensor:
+    """The gates (n_nodes,), those closed that have no path from tokens to answers (our choice).
+
+    Such nodes are dropped in the end, and as constants that differ from their mean they would then
+    be missed.
+    """
+    answers = (int(pairs.answer[0]), int(pairs.wrong[0]))
+    with torch.no_grad():
+        path = drop_unconnected(model, gates.split(gate > 0), answers, edges)
+        astray = gate * ~torch.cat(list(path.values()))
+    # a difference, not a product: they still hear their gradient, and may find a path again
+    return gate - astray
 
 
 def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Tensor:
-    """|gradient x (activation - constant)| of the task loss, summed over prompts and positions, per node.
-
-    It is the first-order effect of ablating the node, and breaks ties between equal taus.
-    """
+    """|gradient x (activation - constant)| of the task loss, summed over prompts and positions,
+    (n_nodes,): the first-order effect of ablating each node. It breaks ties between equal taus."""
+    # where a gate is 1, the loss's derivative by it is gradient x (activation - constant)
     gate = torch.ones(len(gates.index), device=gates.index.device, requires_grad=True)
     loss = task_loss(last_logits(model, pairs, ablate(gates.split(gate), constants)), pairs)
     return torch.autograd.grad(loss, gate)[0].abs()
 
 
-# --- the circuit file ------------------------------------------------------------------------
+# --- from a ranking to a circuit -------------------------------------------------------------
 
-def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig, say=print) -> Iterator[Circuit]:
+def discretise(search: Search, order: Tensor, n_open: int, target: float) -> Circuit:
+    """The fewest leading nodes of `order` (n_nodes,) that meet `target`, by bisection (paper A.5).
+
+    Calibration is part of the test (the paper fits it afterwards), because the calibrated loss is
+    the one that is reported. Where not even all nodes do, the open gates, whose loss says so.
+    """
+    edges = all_edges(search.model)
+    widths = {site: search.model.config.site_width(site) for site in search.model.sites}
+
+    def leading(k: int, target: float) -> Circuit:
+        flat = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        flat[order[:k]] = True
+        mask = dict(zip(widths, flat.split(list(widths.values()))))
+        return search.fit(mask, edges, target)
+
+    # From the open gates down, and only where they do not do from all nodes: the loss is not
+    # monotone in the number of nodes, and between the two it can be worse.
+    low = 0
+    high = n_open
+    best = leading(high, target)
+    if not best.loss <= target:
+        low = n_open
+        high = len(order)
+        best = leading(high, target)
+    if not best.loss <= target:
+        return leading(n_open, math.inf)
+    while high - low > 1:  # `high` meets the target, always
+        middle = (low + high) // 2
+        trial = leading(middle, target)
+        if trial.loss <= target:
+            high = middle
+            best = trial
+        else:
+            low = middle
+    return best
+
+
+def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig,
+         say=print) -> Iterator[Circuit]:
     """The circuits of one model and task, one per target loss, found on `pairs` alone (paper A.5).
 
     The nodes are ranked once. Where a target cannot be met, the circuit's loss says so.
@@ -213,214 +273,193 @@ def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig, say=print
     gates = Gates(model, cfg.tie_qk)
     fit_pairs = pairs.take(torch.arange(cfg.fit_pairs, device=pairs.ids.device))
     effect = attribution(model, fit_pairs, constants, gates)
-    tau = learn_masks(model, pairs, constants, gates, cfg, say) if cfg.method == "learned" else torch.ones_like(effect)
-    order = torch.from_numpy(np.lexsort((-effect.cpu().numpy(), -tau.cpu().numpy()))).to(effect.device)  # ties of tau: by effect
+    tau = torch.ones_like(effect)
+    if cfg.method == "learned":
+        tau = learn_masks(model, pairs, constants, gates, cfg, say)
+    n_open = int((tau > 0).sum())
+    # the largest tau first; the clamp leaves many at 1, and of those the largest effect first
+    order = np.lexsort((-effect.cpu().numpy(), -tau.cpu().numpy()))
+    order = torch.from_numpy(order).to(effect.device)
+
     for target in cfg.target_loss:
         search = Search(model, constants, fit_pairs)
-        circuit = discretise(search, order, int((tau > 0).sum()), SLACK * target)
-        if not circuit.loss <= SLACK * target:  # not even all nodes come that far below
-            circuit = discretise(search, order, int((tau > 0).sum()), target)
-        say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: loss {circuit.loss:.3f}, target {target}")
-        if cfg.minimal and circuit.loss <= SLACK * target:
-            circuit = replace(minimise(search, circuit, SLACK * target, say, cfg.necessity), before=circuit.size)
+        aim = SLACK * target
+        circuit = discretise(search, order, n_open, aim)
+        if not circuit.loss <= aim:  # not even all nodes come that far below
+            circuit = discretise(search, order, n_open, target)
+        size = f"{circuit.size[0]} nodes, {circuit.size[1]} edges"
+        say(f"  {size}: loss {circuit.loss:.3f}, target {target}")
+        if cfg.minimal and circuit.loss <= aim:
+            smaller = minimise(search, circuit, aim, say, cfg.necessity)
+            circuit = replace(smaller, before=circuit.size)
         yield circuit
 
 
-def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes, say=print) -> Iterator[dict]:
-    """Find, measure and describe: the content of circuit.json for each target loss.
+def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
+          say=print) -> Iterator[dict]:
+    """Find, then measure and describe: the content of circuit.json for each target loss.
 
-    ValueError if the model fails the task.
+    ValueError if the model fails the task, or no circuit meets a target.
     """
-    T, device = model.config.block_size, model.lm_head.weight.device
+    device = model.lm_head.weight.device
+    T = model.config.block_size
     train = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed).to(device)
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
-    unpruned = margins(model, heldout)
-    scale, shift = calibrate(margins(model, train.take(torch.arange(cfg.fit_pairs, device=device))))
-    at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))  # as its circuits are
-    for target in cfg.target_loss:
-        if not at_best <= target:  # nor is NaN a solution
-            raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats held out "
-                             f"({at_best:.3f} calibrated), target {target}; train longer, or raise --target_loss")
+    check_solved(model, task, train, heldout, cfg)
     for target, circuit in zip(cfg.target_loss, find(model, train, constants, cfg, say)):
         if not circuit.loss <= target:
-            raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} training pairs; raise --target_loss")
-        mask, reduced, edges = circuit.mask, without_edges(model, circuit, constants), edges_of(model, circuit.mask, circuit.edges)
-        kept = calibrated(margins(reduced, heldout, ablate(mask, constants)), circuit.scale, circuit.shift)
-        rest = margins(model, heldout, inverse(mask, constants))
-        yield {
-            "format": "sparse-circuit-1",
-            "model": {"dir": cfg.model, "sha256": hash_of(cfg.model), **{k: getattr(model.config, k) for k in
-                      ("n_layer", "d_model", "n_head", "d_head", "d_mlp")}},
-            "task": task.name, "task_description": task.description, "answers": list(task.answers),
-            "target_loss": target, "loss": circuit.loss, "loss_heldout": loss_of(kept),
-            "unpruned_loss": loss_of(unpruned), "ablation": cfg.ablation,
-            "logit_scale": circuit.scale, "logit_shift": circuit.shift,
-            "nodes": {s: m.nonzero().flatten().tolist() for s, m in mask.items() if m.any()},
-            "edges": edges, **stream_ends(model, mask, heldout, tokenizer),
-            "means": {s: [round(x, 6) for x in c.tolist()] for s, c in constants.items()},
-            "n_nodes": count(mask), "n_edges": len(edges),
-            "validation": {
-                "sufficiency": loss_of(kept), "sufficiency_accuracy": (kept > 0).float().mean().item(),
-                "necessity": loss_of(rest), "necessity_accuracy": (rest > 0).float().mean().item(),
-                "heldout_pairs": len(heldout),
-                "minimal": {"certified": True, "training_pairs": cfg.fit_pairs, "target": SLACK * target, "necessity": cfg.necessity,
-                            "nodes_before": circuit.before[0], "edges_before": circuit.before[1]} if circuit.before else {"certified": False}},
-            "examples": examples(reduced, mask, constants, heldout, kept, unpruned, tokenizer),
-            "seed": cfg.seed, "settings": settings_of(cfg),
-        }
+            raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} "
+                             "training pairs; raise --target_loss")
+        yield content_of(Found(
+            model=model, model_dir=cfg.model, task=task, tokenizer=tokenizer, circuit=circuit,
+            constants=constants, target_loss=target, aim=SLACK * target, heldout=heldout,
+            settings=settings_in_file(cfg)))
 
 
-def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, tokenizer) -> dict:
-    """Where the circuit's channels start and end: [token id, text, channel, weight] of the embedding
-    (channels that the circuit reads, tokens of the task, largest first) and of both answers' unembedding."""
-    def channels_of(kind):
-        masks = [m[: model.config.d_model] for s, m in mask.items() if s.endswith(kind)]
-        return torch.stack(masks).any(0).nonzero().flatten().tolist()
-
-    seen = pairs.ids.unique()
-    wte, head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
-
-    def entries(matrix, ids, channels, most):
-        found = []
-        for c in channels:
-            column = matrix[ids, c]
-            for i in column.abs().argsort(descending=True)[:most].tolist():
-                if column[i] != 0:
-                    token = int(ids[i])
-                    found.append([token, tokenizer.decode([token]), c, round(column[i].item(), 6)])
-        return found
-
-    return {"embedding": entries(wte, seen, channels_of("act_in"), 12),
-            "unembedding": entries(head, pairs.answer[:2], channels_of("resid_delta"), 2)}
-
-
-@torch.no_grad()
-def examples(model: GPT, mask: Nodes, constants: Nodes, pairs: Pairs, kept: Tensor, unpruned: Tensor, tokenizer, n: int = 6) -> list[dict]:
-    """The first n held-out pairs, with every circuit node's activation at every token of the pruned model."""
-    shown, out = pairs.take(torch.arange(min(n, len(pairs)), device=pairs.ids.device)), []
-    replace = ablate(mask, constants)
-    for i in range(2 * len(shown)):
-        record = {}
-
-        def watch(site, x):
-            x = replace(site, x)
-            if site in mask and mask[site].any():
-                record[site] = [[round(a, 4) for a in row] for row in x[0][:, mask[site]].T.tolist()]
-            return x
-
-        ids = shown.ids[i : i + 1, : int(shown.last[i]) + 1]
-        model.run(model.embed(ids), nodes=watch)
-        out.append({"tokens": [tokenizer.decode([t]) for t in ids[0].tolist()],
-                    "answer": tokenizer.decode([int(shown.answer[i])]), "wrong": tokenizer.decode([int(shown.wrong[i])]),
-                    "p_answer": torch.sigmoid(kept[i]).item(), "p_answer_unpruned": torch.sigmoid(unpruned[i]).item(),
-                    "activations": record})
-    return out
+def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:
+    """ValueError where the whole model's loss on held-out pairs is above a target."""
+    unpruned = margins(model, heldout)
+    fit_pairs = train.take(torch.arange(cfg.fit_pairs, device=train.ids.device))
+    scale, shift = calibrate(margins(model, fit_pairs))
+    # calibrated on training pairs, as its circuits are
+    at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))
+    for target in cfg.target_loss:
+        if not at_best <= target:  # nor is NaN a solution
+            raise ValueError(
+                f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats "
+                f"held out ({at_best:.3f} calibrated), target {target}; train longer, or raise "
+                "--target_loss")
 
 
 # --- the command -----------------------------------------------------------------------------
 
-def check(cfg: PruneConfig) -> None:
+def check_prune(cfg: PruneConfig) -> None:
+    """ValueError, in one line, for what bounds beside the fields cannot say."""
     if cfg.task != "all" and cfg.task not in TASKS:
-        die(f"unknown task '{cfg.task}'; the nearest is '{nearest(cfg.task, TASKS)}', and --task=all runs all of: {', '.join(TASKS)}")
-    if cfg.device not in ("cpu", "cuda") or cfg.device == "cuda" and not torch.cuda.is_available():
-        die(f"device must be cpu, or cuda where PyTorch sees one, not '{cfg.device}'")
-    for name, allowed in (("ablation", ("mean", "zero")), ("method", ("learned", "attribution"))):
-        if getattr(cfg, name) not in allowed:
-            die(f"{name} must be {' or '.join(allowed)}, not '{getattr(cfg, name)}'")
-    for name in ("mean_tokens", "train_pairs", "fit_pairs", "heldout_pairs", "steps", "batch_pairs", "jobs"):
-        if getattr(cfg, name) < 1:
-            die(f"{name} must be at least 1, not {getattr(cfg, name)}")
+        raise ValueError(f"unknown task '{cfg.task}'; the nearest is '{nearest(cfg.task, TASKS)}', "
+                         f"and --task=all runs all of: {', '.join(TASKS)}")
+    device_of(cfg.device)
     if cfg.fit_pairs > cfg.train_pairs:
-        die(f"fit_pairs {cfg.fit_pairs} exceeds train_pairs {cfg.train_pairs}")
-    if not 0 <= cfg.necessity < math.inf:
-        die(f"necessity must be 0 or more nats, not {cfg.necessity}")
-    for name, value in (*(("target_loss", t) for t in cfg.target_loss), *((n, getattr(cfg, n)) for n in ("lr", "heaviside_temp", "grad_clip"))):
-        if not (type(value) in (int, float) and 0 < value < math.inf):
-            die(f"{name} must be a positive number, not {value}")
+        raise ValueError(f"fit_pairs {cfg.fit_pairs} exceeds train_pairs {cfg.train_pairs}")
 
 
-def settings_of(cfg: PruneConfig) -> dict:
-    """What a circuit depends on: all but how many processes and trials there were."""
-    return {k: v for k, v in asdict(cfg).items() if k not in ("jobs", "tune")}
+def settings_in_file(cfg: PruneConfig) -> dict:
+    """What a circuit depends on: all but how many processes there were."""
+    return {key: value for key, value in asdict(cfg).items() if key != "jobs"}
 
 
 def path_of(cfg: PruneConfig, task: str, target: float) -> str:
+    """Where the circuit of a task goes; with several targets, each has a folder of its own."""
     folder = os.path.join(cfg.out_dir or cfg.model, task)
-    return os.path.join(folder, *([f"target_{target:g}"] if len(cfg.target_loss) > 1 else []), "circuit.json")
+    if len(cfg.target_loss) > 1:
+        folder = os.path.join(folder, f"target_{target:g}")
+    return os.path.join(folder, "circuit.json")
 
 
-def finished(cfg: PruneConfig, task: str) -> list[dict] | None:
+def already_pruned(cfg: PruneConfig, task: str) -> list[dict] | None:
     """The circuits of a task that an earlier run with the same settings and weights has left."""
+    # through JSON, as in a file: a tuple is a list there
+    wanted = json.loads(json.dumps(settings_in_file(replace(cfg, task=task))))
     try:
-        found = [json.load(open(path_of(cfg, task, target))) for target in cfg.target_loss]
-        settings = json.loads(json.dumps({**settings_of(cfg), "task": task}))
-        same = all(c["settings"] == settings and c["model"]["sha256"] == hash_of(cfg.model) for c in found)
-    except (OSError, ValueError, KeyError, TypeError):
+        circuits = [read_circuit(path_of(cfg, task, target)) for target in cfg.target_loss]
+        sha256 = weights_hash(cfg.model)
+    except (OSError, ValueError):  # missing or damaged
         return None
-    return found if same else None
+    same = all(c["settings"] == wanted and c["model"]["sha256"] == sha256 for c in circuits)
+    return circuits if same else None
 
 
 def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> list[dict]:
-    """Load, prune, write the files of one task. ValueError or OSError, in one line, where that cannot be done."""
-    model, tokenizer = load(cfg.model, cfg.tokenizer, cfg.device)
-    say(f"pruning {cfg.model} to the circuit of {task}; means over {cfg.mean_tokens} pretraining tokens")
-    constants, circuits = constants_of(model, cfg), []
+    """Load, prune, write the files of one task; returns their contents.
+
+    ValueError or OSError, in one line, where that cannot be done.
+    """
+    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
+    say(f"pruning {cfg.model} to the circuit of {task}; "
+        f"means over {cfg.mean_tokens} pretraining tokens")
+    constants = constants_of(model, cfg)
+    circuits = []
     for circuit in prune(model, TASKS[task], tokenizer, replace(cfg, task=task), constants, say):
         path = path_of(cfg, task, circuit["target_loss"])
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomic(path, lambda f: f.write(json.dumps(circuit).encode()))
+        write_circuit(path, circuit)
         say(f"{task}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges\n"
-            f"  loss held out {circuit['loss_heldout']:.3f} nats (target {circuit['target_loss']}, unpruned model {circuit['unpruned_loss']:.3f})\n"
-            f"  necessity: with only the circuit ablated, loss {circuit['validation']['necessity']:.2f}\n"
+            f"  loss held out {circuit['loss_heldout']:.3f} nats (target {circuit['target_loss']}, "
+            f"unpruned model {circuit['unpruned_loss']:.3f})\n"
+            f"  necessity: with only the circuit ablated, "
+            f"loss {circuit['validation']['necessity']:.2f}\n"
             f"  {path}")
         circuits.append(circuit)
     return circuits
 
 
 def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
-    """f of each item, `jobs` processes at a time. Exits with one line where the system kills one."""
+    """f of each item, `jobs` processes at a time; in place of a ValueError or OSError, its text.
+
+    Exits with one line where the system kills a process.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
+        # spawned, not forked: a fork would inherit threads of PyTorch that it has not got
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-            return list(pool.map(f, items))
+            return list(pool.map(partial(_in_worker, f, threads), items))
     except BrokenProcessPool:
-        die("a process was killed, perhaps for want of memory; what was finished is kept: run it again with fewer --jobs")
+        die("a process was killed, perhaps for want of memory; what was finished is kept: "
+            "run it again with fewer --jobs")
 
 
-def _one_of_many(cfg: PruneConfig, task: str) -> list[dict] | str:
-    """What a worker process does: one thread, each line under its task's name, the reason instead of an exception."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cfg.jobs))
+def _in_worker(f: Callable, threads: int, item):
+    torch.set_num_threads(threads)
+    return result_or_reason(f, item)
+
+
+def result_or_reason(f: Callable, item):
+    """f(item), or the text of its ValueError or OSError: one item's failure ends no other."""
     try:
-        return finished(cfg, task) or prune_task(cfg, task, lambda text: print(f"[{task}] {text.strip()}", flush=True))
+        return f(item)
     except (ValueError, OSError) as e:
         return str(e)
 
 
+def one_of_all(cfg: PruneConfig, task: str) -> list[dict]:
+    """A task's circuits, found unless they are there; each line stands under the task's name."""
+    def say(text: str) -> None:
+        print(f"[{task}] {text.strip()}", flush=True)
+    return already_pruned(cfg, task) or prune_task(cfg, task, say)
+
+
 def prune_all(cfg: PruneConfig) -> None:
-    """Every task, `jobs` at a time; then one table and the geometric mean of the edges (paper 2.2)."""
-    results = dict(zip(TASKS, in_processes(partial(_one_of_many, cfg), TASKS, cfg.jobs)))
-    for task, reason in results.items():
-        if isinstance(reason, str):
-            print(f"{task}: no circuit: {reason}")
+    """Every task, `jobs` at a time; then a table for each target."""
+    results = dict(zip(TASKS, in_processes(partial(one_of_all, cfg), TASKS, cfg.jobs)))
+    solved = {}
+    for task, result in results.items():
+        if isinstance(result, str):
+            print(f"{task}: no circuit: {result}")
+        else:
+            solved[task] = result
     for i, target in enumerate(cfg.target_loss):
-        rows = {task: circuits[i] for task, circuits in results.items() if not isinstance(circuits, str)}
-        print(f"\n| task (target {target} nats) | unpruned | circuit, held out | nodes | edges | necessity |\n|---|---|---|---|---|---|")
-        for task, c in rows.items():
-            print(f"| {task} | {c['unpruned_loss']:.3f} | {c['loss_heldout']:.3f} | {c['n_nodes']} | {c['n_edges']} | {c['validation']['necessity']:.2f} |")
-        if rows:
-            mean = math.exp(sum(math.log(max(1, c["n_edges"])) for c in rows.values()) / len(rows))
-            print(f"geometric mean of edges: {mean:.1f} over {len(rows)} of {len(TASKS)} tasks")
-    if all(isinstance(r, str) for r in results.values()):
+        print_table(target, {task: circuits[i] for task, circuits in solved.items()})
+    if not solved:
         die("no task has a circuit (reasons above)")
+
+
+def print_table(target: float, rows: dict[str, dict]) -> None:
+    """One target's circuits, and the geometric mean of their edges: a model's size (paper 2.2)."""
+    print(f"\n| task (target {target} nats) | unpruned | circuit, held out | nodes | edges "
+          "| necessity |\n|---|---|---|---|---|---|")
+    for task, c in rows.items():
+        print(f"| {task} | {c['unpruned_loss']:.3f} | {c['loss_heldout']:.3f} | {c['n_nodes']} "
+              f"| {c['n_edges']} | {c['validation']['necessity']:.2f} |")
+    if rows:
+        logs = [math.log(max(1, c["n_edges"])) for c in rows.values()]
+        mean = math.exp(sum(logs) / len(logs))
+        print(f"geometric mean of edges: {mean:.1f} over {len(rows)} of {len(TASKS)} tasks")
 
 
 def main(argv: list[str]) -> int:
     cfg = parse(PruneConfig, argv)
-    check(cfg)
     try:
-        if cfg.tune:
-            from tune import tune  # it stands above this file
-            tune(cfg, cfg.tune)
-        elif cfg.task == "all":
+        check_prune(cfg)
+        if cfg.task == "all":
             prune_all(cfg)
         else:
             prune_task(cfg, cfg.task)

@@ -1,40 +1,62 @@
-"""Steer a dense model by nodes of a circuit of the sparse model that it is bridged to (paper 3.3, A.4).
+"""Steer a dense model by nodes of a circuit of the sparse model that it is bridged to.
 
-- The nodes, residual reads of one site, take the values that they have on the other prompt of a pair; what that changes
-  goes through the bridge's decoder into the dense model's read at the same place, at strengths from 0 to 1.
-- Which nodes: named by hand, or those whose change moves the sparse model's own answer most, on training pairs, at the site
-  where they move the dense model most. Also the single one that moves the dense model most.
-- Beside it: random directions of the same size, random nodes of the circuit, and the mean difference of the dense
-  model's own activations.
+- The nodes, residual reads of one site, take the values that they have on the other prompt of a
+  pair. What that changes goes through the bridge's decoder into the dense model's read at the same
+  place, at strengths from 0 to 1.
+- Which nodes: named by hand (--node), or those whose change moves the sparse model's own answer
+  most, on training pairs; and, for itself, the single one that moves the dense model most.
+- To compare with: random directions of the same size, random nodes of the circuit, and the mean
+  difference of the dense model's own activations.
 
-    python bridge.py --steer --task=single_double_quote --circuit=out/demo_bridge/single_double_quote/circuit.json
+    python steer.py --run=out/demo_bridge --task=single_double_quote
 
+Writes RUN/steer/TASK/steer.json and, with matplotlib, steer.png. Paper sections 3.3 and A.4.
 """
 import json
 import math
 import os
 import shlex
+import sys
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge import BridgeConfig, Coupled, load_bridged, streams
-from circuit import circuit_of, hash_of, last_logits, load, margin_of, read_circuit
-from config import nearest, write_atomic
-from model import GPT
-from prune import samples
-from tasks import TASKS, Pairs, load_pairs
-from train import device_of
+from bridge import Coupled, load_bridged, streams
+from circuit import circuit_of, read_circuit
+from config import bounded, die, nearest, one_of, parse, read_toml, write_atomic
+from model import GPT, device_of, weights_hash
+from tasks import Pairs, last_logits, load_model, load_pairs, margin_of, task_of
+from tokens import random_windows
 
-STRENGTHS = [round(0.1 * i, 1) for i in range(11)]
-COMPARED = ("steered", "random", "random_node", "dense_mean_difference")
+STRENGTHS = [round(0.1 * i, 1) for i in range(11)]  # 1 = the whole of what the decoder says
+COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
 Node = tuple[str, int]     # site and channel
-Reads = dict[str, Tensor]  # site of a residual read -> a model's post-norm activations (2n, T, d_model) there
+Reads = dict[str, Tensor]  # site of a residual read -> what is read there (2n, T, d_model)
 
+
+@dataclass
+class SteerConfig:
+    run: str = "out/demo_bridge"  # of bridge.py
+    dense: str = ""               # the dense model's directory; "" = the one that the run names
+    data: str = "data/tinypython"
+    tokenizer: str = "data/tinypython/tokenizer.tiktoken"
+    device: str = one_of("auto", "cpu", "cuda")
+    task: str = "single_double_quote"
+    circuit: str = ""             # of the sparse model; "" = run/task/circuit.json
+    node: str = ""                # reads of one site, 1.attn.act_in.83,1.attn.act_in.5; or chosen
+    channels: int = bounded(8, at_least=1)  # so many are chosen at most
+    pairs: int = bounded(200, at_least=1)   # held-out pairs; each is steered both ways
+    draws: int = bounded(16, at_least=1)    # random directions, and random sets of circuit nodes
+    seed: int = bounded(0, at_least=0)
+
+
+# --- the intervention (paper A.4) ------------------------------------------------------------
 
 def site_index(site: str) -> int:
-    """0.attn.act_in -> 0, 0.mlp.act_in -> 1, 1.attn.act_in -> 2, ..."""
+    """0.attn.act_in -> 0, 0.mlp.act_in -> 1, 1.attn.act_in -> 2, ...: the bridge at that place."""
     layer, kind, _ = site.split(".")
     return 2 * int(layer) + (kind == "mlp")
 
@@ -47,50 +69,66 @@ def norm_before(model: GPT, site: str) -> Tensor:
 
 @torch.no_grad()
 def reads(model: GPT, pairs: Pairs) -> Reads:
-    out = {}
+    seen = {}  # not by `record`: all sites together are many times as large
 
-    def record(site, x):
+    def keep(site: str, x: Tensor) -> Tensor:
         if site.endswith("act_in"):
-            out[site] = x[..., : model.config.d_model]  # concatenated positions are no part of the stream
+            seen[site] = x[..., : model.config.d_model]  # positions beside it are not of the stream
         return x
 
-    model.run(model.embed(pairs.ids), nodes=record)
-    return out
+    model.run(model.embed(pairs.ids), nodes=keep)
+    return seen
 
 
 def toward_other(x: Tensor) -> Tensor:
     """Counterfactual minus presented activation (2n, T, ..): the rows of a pair alternate."""
-    return x[torch.arange(len(x), device=x.device) ^ 1] - x
+    other = torch.arange(len(x), device=x.device) ^ 1  # 1, 0, 3, 2, ...
+    return x[other] - x
 
 
 @torch.no_grad()
-def rms_ratio(net: Coupled, path: str, tokens: int = 16384) -> list[float]:
-    """RMS of the sparse model's residual stream over the dense one's, per site, over random windows of `path`."""
-    squares = torch.zeros(2, len(net.bridges.encoders), dtype=torch.double)
-    for ids in samples(net.sparse, path, tokens, 0):
-        squares += torch.tensor([[h.square().mean().item() * len(ids) for h in streams(m, ids)] for m in (net.sparse, net.dense)])
+def rms_ratio(net: Coupled, path: str, n_tokens: int = 16384) -> list[float]:
+    """RMS of the sparse model's stream over the dense one's, per site, on random windows of a file
+    of tokens."""
+    c = net.sparse.config
+    squares = torch.zeros(2, len(net.bridges.encoders), dtype=torch.double)  # sums; sparse, dense
+    for ids in random_windows(path, c.vocab_size, c.block_size, n_tokens, 0, net.weights.device):
+        for side, model in enumerate((net.sparse, net.dense)):
+            # weighed by its rows: the last batch may be smaller
+            means = [h.square().mean().item() * len(ids) for h in streams(model, ids)]
+            squares[side] += torch.tensor(means)
     return (squares[0] / squares[1]).sqrt().tolist()
 
 
-def perturbation(net: Coupled, site: str, channels: list[int], delta: Tensor, ratio: float) -> Tensor:
-    """(2n, T, d_dense): what the change `delta` (2n, T, d_sparse) of some channels of a post-norm read of the sparse model is
-    in the dense model's post-norm read there (A.4): the sparse norm's gain undone, delta times the decoder's rows, times
-    RMS_sparse / RMS_dense, times the dense norm's gain."""
+def perturbation(net: Coupled, site: str, channels: list, delta: Tensor, ratio: float) -> Tensor:
+    """What the change `delta` (2n, T, d_sparse) of these channels of a post-norm read of the sparse
+    model is in the dense model's post-norm read there, (2n, T, d_dense)."""
+    # The bridge joins streams, and a read is the stream over its RMS, times a gain. So the sparse
+    # norm's gain is undone, the decoder applied, the RMS of the one stream put in place of the
+    # other's, and the dense norm's gain done.
     gain = norm_before(net.sparse, site)[channels]
+    normalised = delta[..., channels] / torch.where(gain == 0, 1.0, gain)  # where 0, delta is 0
     rows = net.bridges.decoders[site_index(site)].weight.T[channels]  # (channels, d_dense)
-    return (delta[..., channels] / torch.where(gain == 0, 1.0, gain)) @ rows * ratio * norm_before(net.dense, site)
+    return normalised @ rows * ratio * norm_before(net.dense, site)
 
 
 def from_other(net: Coupled, nodes: list[Node], seen: Reads, ratio: list[float]) -> Tensor:
-    """The `perturbation` of nodes of one site that take their values on the other prompt. seen: the sparse model's `reads`."""
+    """The `perturbation` where nodes of one site take their values on the other prompt. seen: the
+    sparse model's `reads`."""
     site = nodes[0][0]
-    return perturbation(net, site, [c for _, c in nodes], toward_other(seen[site]), ratio[site_index(site)])
+    channels = [c for _, c in nodes]
+    return perturbation(net, site, channels, toward_other(seen[site]), ratio[site_index(site)])
 
 
 @torch.no_grad()
 def changed(model: GPT, pairs: Pairs, site: str, change: Tensor) -> Tensor:
-    """Last logits (2n, vocab) of a model to whose read at `site` `change` (2n, T, d_model) is added."""
-    return last_logits(model, pairs, lambda s, x: x + F.pad(change, (0, x.shape[-1] - change.shape[-1])) if s == site else x)
+    """Last logits (2n, vocab) of a model to whose read at `site` is added `change` (2n, T, d)."""
+    def add(s: str, x: Tensor) -> Tensor:
+        if s != site:
+            return x
+        return x + F.pad(change, (0, x.shape[-1] - change.shape[-1]))  # nothing to positions
+
+    return last_logits(model, pairs, add)
 
 
 def log_odds(model: GPT, pairs: Pairs, site: str, change: Tensor) -> float:
@@ -99,160 +137,251 @@ def log_odds(model: GPT, pairs: Pairs, site: str, change: Tensor) -> float:
 
 
 def steered(model: GPT, pairs: Pairs, site: str, change: Tensor, strengths=STRENGTHS) -> Tensor:
-    """(strengths, 2n, 2): P of the counterfactual answer, between the two answers and among all tokens."""
-    rows, out = torch.arange(len(pairs.ids), device=pairs.ids.device), []
+    """(strengths, 2n, 2): P of the other answer, between the two answers and among all tokens."""
+    rows = torch.arange(len(pairs.ids), device=pairs.ids.device)
+    out = []
     for strength in strengths:
         logits = changed(model, pairs, site, strength * change)
-        out.append(torch.stack([torch.sigmoid(-margin_of(logits, pairs)), logits.softmax(-1)[rows, pairs.wrong]], -1))
+        between = torch.sigmoid(-margin_of(logits, pairs))
+        absolute = logits.softmax(-1)[rows, pairs.wrong]
+        out.append(torch.stack([between, absolute], -1))
     return torch.stack(out)
 
 
-def curve(p: Tensor) -> dict:
-    """(strengths, prompts) -> mean and quartiles per strength."""
-    q25, q75 = p.quantile(torch.tensor([0.25, 0.75], dtype=p.dtype, device=p.device), dim=1)
-    return {"mean": p.mean(1).tolist(), "q25": q25.tolist(), "q75": q75.tolist()}
+# --- which nodes -----------------------------------------------------------------------------
 
-
-def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio: list[float]) -> list[Node]:
-    """At most `most` of the candidate reads (site, channel), of one site, by training pairs. At each site one read after the
-    other joins, each time the one whose change to the other prompt's activation moves the sparse model's own answer most,
-    until none brings a twentieth of the way to the other prompt's answer: what little they add to the answer, they would add
-    to the size of the intervention. The site is the one where these move the dense model most: where it, too, still needs to
-    be told."""
-    seen, best = reads(net.sparse, pairs), (-math.inf, [])
+def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio: list[float]):
+    """At most `most` of the candidates, all of one site: of the nodes that `choose_at` takes at
+    each site those that move the dense model most: where it, too, still needs to be told."""
+    seen = reads(net.sparse, pairs)
+    best = (-math.inf, [])  # how far the dense model goes, and by which nodes
     for site in dict.fromkeys(s for s, _ in candidates):
-        delta, left, chosen = toward_other(seen[site]), [c for s, c in candidates if s == site], []
-
-        def moved(channels: list[int]) -> float:
-            change = torch.zeros_like(delta)
-            change[..., channels] = delta[..., channels]
-            return log_odds(net.sparse, pairs, site, change)
-
-        reached = moved([])
-        least = abs(reached) / 10  # the other prompt's answer is as far beyond 0
-        while left and len(chosen) < most:
-            score, c = max((moved(chosen + [c]), c) for c in left)
-            if chosen and score < reached + least:
-                break
-            reached, chosen = score, chosen + [c]
-            left.remove(c)
+        channels = [c for s, c in candidates if s == site]
+        chosen = choose_at(net.sparse, site, channels, pairs, most, toward_other(seen[site]))
         nodes = [(site, c) for c in chosen]
-        best = max(best, (log_odds(net.dense, pairs, site, from_other(net, nodes, seen, ratio)), nodes))
+        told = log_odds(net.dense, pairs, site, from_other(net, nodes, seen, ratio))
+        best = max(best, (told, nodes))
     return best[1]
+
+
+def choose_at(model: GPT, site: str, channels: list[int], pairs: Pairs, most: int, delta: Tensor):
+    """One channel after the other, each time the one that moves the model's own answer most when it
+    takes its value on the other prompt (by `delta`), until none brings a twentieth of the way to
+    the other prompt's answer: what little they add to the answer, they would add to the size of the
+    intervention."""
+    def moved(channels: list[int]) -> float:
+        change = torch.zeros_like(delta)
+        change[..., channels] = delta[..., channels]
+        return log_odds(model, pairs, site, change)
+
+    chosen = []
+    left = list(channels)
+    reached = moved([])
+    least = abs(reached) / 10  # a twentieth: the other prompt's answer is as far beyond 0
+    while left and len(chosen) < most:
+        score, c = max((moved(chosen + [c]), c) for c in left)
+        if chosen and score < reached + least:
+            break
+        reached = score
+        chosen.append(c)
+        left.remove(c)
+    return chosen
 
 
 def best_single(net: Coupled, candidates: list[Node], pairs: Pairs, ratio: list[float]) -> Node:
     """The one read of any site that moves the dense model most, on training pairs."""
     seen = reads(net.sparse, pairs)
-    return max(candidates, key=lambda node: log_odds(net.dense, pairs, node[0], from_other(net, [node], seen, ratio)))
+
+    def told(node: Node) -> float:
+        return log_odds(net.dense, pairs, node[0], from_other(net, [node], seen, ratio))
+
+    return max(candidates, key=told)
+
+
+def chosen_by_hand(names: str, candidates: list[Node]) -> list[Node]:
+    """--node as (site, channel); ValueError where it names no residual reads of the circuit, or of
+    several sites."""
+    by_name = {f"{s}.{c}": (s, c) for s, c in candidates}
+    nodes = []
+    for name in dict.fromkeys(names.split(",")):
+        if name not in by_name:
+            raise ValueError(f"'{name}' is no residual read of the circuit; the nearest is "
+                             f"'{nearest(name, by_name)}'")
+        nodes.append(by_name[name])
+    if len({site for site, _ in nodes}) > 1:
+        raise ValueError(f"the nodes must be of one site, not {names}")
+    return nodes
+
+
+# --- steering, and what to compare it with ---------------------------------------------------
+
+def places(pairs: Pairs) -> list[Tensor]:
+    """Masks (2n, T): of the tokens that differ between the two prompts and of those after them;
+    each in the pairs' first prompts, then in their second ones."""
+    rows = torch.arange(len(pairs.ids), device=pairs.ids.device)
+    at = torch.arange(pairs.ids.shape[1], device=pairs.ids.device)
+    differs = pairs.ids != pairs.ids[rows ^ 1]
+    # before the first difference the activations of a causal model are the same
+    after = (differs.cumsum(1) > 0) & ~differs & (at <= pairs.last[:, None])
+    first = (rows % 2 == 0)[:, None]
+    return [differs & first, differs & ~first, after & first, after & ~first]
 
 
 def mean_difference(x: Tensor, train: Pairs, pairs: Pairs) -> Tensor:
-    """(2n, T, d) for `pairs`: the mean change toward the other prompt of a read `x` on the pairs `train`; one vector for the
-    tokens that differ and one for those after them, in each direction."""
-    def places(of: Pairs):
-        rows, at = torch.arange(len(of.ids), device=of.ids.device), torch.arange(of.ids.shape[1], device=of.ids.device)
-        differs = of.ids != of.ids[rows ^ 1]
-        after = (differs.cumsum(1) > 0) & ~differs & (at <= of.last[:, None])
-        return [where & (rows % 2 == side)[:, None] for where in (differs, after) for side in (0, 1)]
-
-    delta, out = toward_other(x), x.new_zeros(*pairs.ids.shape, x.shape[-1])
+    """The mean change toward the other prompt of a read `x` on the pairs `train`, one vector for
+    each of the `places`, laid out for `pairs`: (2n, T, d)."""
+    delta = toward_other(x)
+    out = x.new_zeros(*pairs.ids.shape, x.shape[-1])
     for known, at in zip(places(train), places(pairs)):
-        if known.any():
+        if known.any():  # else there is no mean; nothing is added there
             out[at] = delta[known].mean(0)
     return out
 
 
-def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, pairs: Pairs, ratio: list[float], cfg: BridgeConfig) -> dict:
-    """Steer `pairs` by `nodes`, all of one site, and by three things to compare with: random directions of the same size, as
-    many random nodes out of `others`, and the mean difference of the dense model's own reads of `train` at that site. Each
-    draw of the first two is of a quarter of the pairs, in turn."""
-    generator, site, random, random_node = torch.Generator().manual_seed(cfg.seed), nodes[0][0], [], []
+def curve(p: Tensor) -> dict:
+    """(strengths, prompts) -> mean and quartiles per strength."""
+    quarters = torch.tensor([0.25, 0.75], dtype=p.dtype, device=p.device)
+    q25, q75 = p.quantile(quarters, dim=1)  # each (strengths,)
+    return {"mean": p.mean(1).tolist(), "q25": q25.tolist(), "q75": q75.tolist()}
+
+
+def curves(p: dict[str, Tensor | None], rows: slice) -> dict:
+    """The `curve` of each result of `steered`, over some prompts; "absolute": among all tokens."""
+    between = {k: curve(v[:, rows, 0]) if v is not None else None for k, v in p.items()}
+    absolute = {k: curve(v[:, rows, 1]) if v is not None else None for k, v in p.items()}
+    return between | {"absolute": absolute}
+
+
+def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, pairs: Pairs,
+            ratio: list[float], cfg: SteerConfig) -> dict:
+    """Steer `pairs` by `nodes`, all of one site, and by what to compare them with: random
+    directions of the same size, as many random nodes out of `others`, and the mean difference of
+    the dense model's own reads of `train` at that site."""
+    generator = torch.Generator().manual_seed(cfg.seed)  # on the CPU: the same draws on a GPU
+    site = nodes[0][0]
+    random = []
+    random_node = []
     for draw in range(cfg.draws):
-        part = pairs.take(torch.arange(draw % 4, len(pairs), 4, device=pairs.ids.device)) if len(pairs) >= 4 else pairs
-        direction = F.normalize(torch.randn(net.dense.config.d_model, generator=generator), dim=0).to(pairs.ids.device)
+        part = pairs
+        if len(pairs) >= 4:  # each draw is of a quarter of the pairs, in turn
+            part = pairs.take(torch.arange(draw % 4, len(pairs), 4, device=pairs.ids.device))
+        # one direction a draw; at every position as long as our change is there
+        direction = F.normalize(torch.randn(net.dense.config.d_model, generator=generator), dim=0)
         seen = reads(net.sparse, part)
-        random.append(steered(net.dense, part, site, from_other(net, nodes, seen, ratio).norm(dim=-1, keepdim=True) * direction))
-        if others:
+        size = from_other(net, nodes, seen, ratio).norm(dim=-1, keepdim=True)
+        random.append(steered(net.dense, part, site, size * direction.to(size.device)))
+        if others:  # the site of a random node, and as many nodes there as we have
             theirs = others[int(torch.randint(len(others), (1,), generator=generator))][0]
             pool = [node for node in others if node[0] == theirs]
-            drawn = [pool[i] for i in torch.randperm(len(pool), generator=generator)[: len(nodes)].tolist()]
-            random_node.append(steered(net.dense, part, theirs, from_other(net, drawn, seen, ratio)))
-    p = {"steered": steered(net.dense, pairs, site, from_other(net, nodes, reads(net.sparse, pairs), ratio)), "random": torch.cat(random, 1),
-         "random_node": torch.cat(random_node, 1) if others else None,
-         "dense_mean_difference": steered(net.dense, pairs, site, mean_difference(reads(net.dense, train)[site], train, pairs))}
+            order = torch.randperm(len(pool), generator=generator)[: len(nodes)].tolist()
+            change = from_other(net, [pool[i] for i in order], seen, ratio)
+            random_node.append(steered(net.dense, part, theirs, change))
 
-    def curves(rows: slice) -> dict:
-        between, absolute = ({k: curve(v[:, rows, j]) if v is not None else None for k, v in p.items()} for j in (0, 1))
-        return between | {"absolute": absolute}
-
-    return {"nodes": [f"{s}.{c}" for s, c in nodes], **curves(slice(None)), "from_first": curves(slice(0, None, 2)),
-            "from_second": curves(slice(1, None, 2))}  # the prompts whose own answer is the task's first, and its second
-
-
-def chosen_by_hand(cfg: BridgeConfig, candidates: list[Node]) -> list[Node]:
-    """--node as (site, channel); ValueError where it names no residual reads of the circuit, or of several sites."""
-    names = {f"{s}.{c}": (s, c) for s, c in candidates}
-    for name in (asked := cfg.node.split(",")):
-        if name not in names:
-            raise ValueError(f"'{name}' is no residual read of the circuit; the nearest is '{nearest(name, names)}'")
-    if len({names[name][0] for name in asked}) > 1:
-        raise ValueError(f"the nodes must be of one site, not {cfg.node}")
-    return [names[name] for name in dict.fromkeys(asked)]
+    ours = from_other(net, nodes, reads(net.sparse, pairs), ratio)
+    difference = mean_difference(reads(net.dense, train)[site], train, pairs)
+    p = {
+        "steered": steered(net.dense, pairs, site, ours),
+        "random": torch.cat(random, 1),
+        "random_node": torch.cat(random_node, 1) if others else None,
+        "dense_mean_difference": steered(net.dense, pairs, site, difference),
+    }
+    return {
+        "nodes": [f"{s}.{c}" for s, c in nodes],
+        **curves(p, slice(None)),
+        # the prompts whose own answer is the task's first, and its second
+        "from_first": curves(p, slice(0, None, 2)),
+        "from_second": curves(p, slice(1, None, 2)),
+    }
 
 
-def steer(cfg: BridgeConfig, argv: list[str]) -> None:
-    """Choose nodes, steer, write out_dir/steer/task/steer.json and, with matplotlib, steer.png; print the table."""
-    path = cfg.circuit or os.path.join(cfg.out_dir, cfg.task, "circuit.json")
+# --- the command -----------------------------------------------------------------------------
+
+def circuit_for(cfg: SteerConfig, sparse: GPT) -> tuple[str, list[Node]]:
+    """The path of the circuit, and the residual reads that it names. ValueError where it is not one
+    of this run and task, or has none."""
+    path = cfg.circuit or os.path.join(cfg.run, cfg.task, "circuit.json")
     if not os.path.exists(path):
-        raise ValueError(f"there is no {path}; find it with python prune.py --model={cfg.out_dir} --task={cfg.task}")
-    c = read_circuit(path)
-    if c.get("task") != cfg.task:
-        raise ValueError(f"{path} is a circuit of {c.get('task')}, not of {cfg.task}")
-    if c["model"].get("sha256") != hash_of(cfg.out_dir):
-        raise ValueError(f"{path} is a circuit of another model than {cfg.out_dir} (the weights differ); prune this one")
-    device = device_of(cfg)
-    sparse, tokenizer = load(cfg.out_dir, cfg.tokenizer, device)
-    net = load_bridged(cfg, sparse, device)
-    T = net.sparse.config.block_size
-    train, pairs = (load_pairs(TASKS[cfg.task], tokenizer, n, split, T, cfg.seed).to(device) for n, split in ((32, "train"), (cfg.pairs, "heldout")))
-    if not (net.sparse.config.rms_norm and net.dense.config.rms_norm):
-        raise ValueError("steering needs models with RMSNorm: a LayerNorm's read is not the stream times a gain")
+        raise ValueError(f"there is no {path}; find it with python prune.py --model={cfg.run} "
+                         f"--task={cfg.task}")
+    content = read_circuit(path)
+    if content.get("task") != cfg.task:
+        raise ValueError(f"{path} is a circuit of {content.get('task')}, not of {cfg.task}")
+    if content["model"].get("sha256") != weights_hash(cfg.run):
+        raise ValueError(f"{path} is a circuit of another model than {cfg.run} (the weights "
+                         "differ); prune this one")
     try:
-        circuit_of(c, net.sparse)
+        circuit_of(content, sparse)  # for its checks of names and weights
     except (ValueError, TypeError, IndexError) as e:
         raise ValueError(f"{path}: {e}") from e
-    if any((p.last[::2] != p.last[1::2]).any() for p in (train, pairs)):
-        raise ValueError(f"the two prompts of a pair of {cfg.task} differ in length: activations cannot be exchanged token by token")
-    candidates = [(s, i) for s, channels in c["nodes"].items() if s.endswith("act_in") for i in channels if i < net.sparse.config.d_model]
+
+    candidates = []
+    for site, channels in content["nodes"].items():
+        if site.endswith("act_in"):  # less the positions beside the stream, which no bridge carries
+            candidates += [(site, c) for c in channels if c < sparse.config.d_model]
     if not candidates:
         raise ValueError(f"{path} has no residual reads to steer by")
-    by_hand = chosen_by_hand(cfg, candidates) if cfg.node else []
-    ratio = rms_ratio(net, os.path.join(cfg.data_dir, "train.bin"))
+    return path, candidates
+
+
+def steer(cfg: SteerConfig, argv: list[str]) -> dict:
+    """Choose nodes and steer: the content of steer.json. ValueError or OSError, in one line, where
+    run, circuit, task and data do not fit each other."""
+    task = task_of(cfg.task)
+    device = device_of(cfg.device)
+    sparse, tokenizer = load_model(cfg.run, cfg.tokenizer, device)
+    path, candidates = circuit_for(cfg, sparse)
+    dense_dir = cfg.dense or read_toml(os.path.join(cfg.run, "train.toml")).get("dense", "")
+    net = load_bridged(cfg.run, dense_dir, sparse, device)
+    if not (sparse.config.rms_norm and net.dense.config.rms_norm):
+        raise ValueError("steering needs models with RMSNorm: a LayerNorm's read is not the stream "
+                         "times a gain")
+
+    # Nodes are chosen on training pairs and judged on held-out ones; 32 are enough to rank reads.
+    T = sparse.config.block_size
+    train = load_pairs(task, tokenizer, 32, "train", T, cfg.seed).to(device)
+    pairs = load_pairs(task, tokenizer, cfg.pairs, "heldout", T, cfg.seed).to(device)
+    for part in (train, pairs):
+        if (part.last[::2] != part.last[1::2]).any():
+            raise ValueError(f"the two prompts of a pair of {cfg.task} differ in length: "
+                             "activations cannot be exchanged token by token")
+
+    by_hand = chosen_by_hand(cfg.node, candidates) if cfg.node else []
+    ratio = rms_ratio(net, os.path.join(cfg.data, "train.bin"))
     nodes = by_hand or choose(net, candidates, train, cfg.channels, ratio)
     single = best_single(net, by_hand or candidates, train, ratio)
-    print(f"steering {cfg.dense} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, both ways")
-    result = {"task": cfg.task, "n_pairs": len(pairs), "strength": STRENGTHS,
-              **compare(net, nodes, [n for n in candidates if n not in nodes], train, pairs, ratio, cfg),
-              "best_single": compare(net, [single], [n for n in candidates if n != single], train, pairs, ratio, cfg),
-              "circuit": path, "dense": cfg.dense, "commands": [shlex.join(["python", "bridge.py", *argv])], "seed": cfg.seed}
-    folder = os.path.join(cfg.out_dir, "steer", cfg.task)
-    os.makedirs(folder, exist_ok=True)
-    write_atomic(os.path.join(folder, "steer.json"), lambda f: f.write(json.dumps(result).encode()))
-    for r in (result, result["best_single"]):
-        print(f"\n{', '.join(r['nodes'])}: P(the other prompt's answer, between the two), mean\n"
-              "  strength   steered   random direction   random node   dense mean difference   steered, among all tokens")
-        rows = zip(STRENGTHS, *((r[k] or {"mean": [math.nan] * 11})["mean"] for k in COMPARED), r["absolute"]["steered"]["mean"])
-        print("\n".join(f"  {s:8.1f}  {a:8.3g}  {b:17.3g}  {n:12.3g}  {d:22.3g}  {x:26.3g}" for s, a, b, n, d, x in rows))
-    print(f"\n{folder}/steer.json")
-    plot(result, os.path.join(folder, "steer.png"))
+    print(f"steering {dense_dir} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, "
+          "both ways")
+
+    # a random node is one that is not steered by
+    others = [node for node in candidates if node not in nodes]
+    rest = [node for node in candidates if node != single]
+    return {
+        "task": cfg.task, "n_pairs": len(pairs), "strength": STRENGTHS,
+        **compare(net, nodes, others, train, pairs, ratio, cfg),
+        "best_single": compare(net, [single], rest, train, pairs, ratio, cfg),
+        "circuit": path, "dense": dense_dir,
+        "commands": [shlex.join(["python", "steer.py", *argv])], "seed": cfg.seed,
+    }
+
+
+def curve_text(r: dict) -> str:
+    """The means of what `compare` returned, as a table."""
+    lines = [f"{', '.join(r['nodes'])}: P(the other prompt's answer, between the two), mean",
+             "  strength   steered   random direction   random node   dense mean difference"
+             "   steered, among all tokens"]
+    # a circuit of few nodes has no others to draw from
+    columns = [r[name]["mean"] if r[name] else [math.nan] * len(STRENGTHS) for name in COMPARED]
+    columns.append(r["absolute"]["steered"]["mean"])
+    for s, a, b, n, d, x in zip(STRENGTHS, *columns):
+        lines.append(f"  {s:8.1f}  {a:8.3g}  {b:17.3g}  {n:12.3g}  {d:22.3g}  {x:26.3g}")
+    return "\n".join(lines)
 
 
 def plot(result: dict, path: str) -> None:
     """The curves with their quartiles; without matplotlib a line that says how to get it."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
+        matplotlib.use("Agg")  # no screen needed
         import matplotlib.pyplot as plt
     except ImportError:
         print("no plot: it needs matplotlib: pip install -r requirements-extra.txt")
@@ -260,14 +389,37 @@ def plot(result: dict, path: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axis, r in zip(axes, (result, result["best_single"])):
         for name in COMPARED:
-            if r[name]:
-                line, = axis.plot(result["strength"], r[name]["mean"], label=name.replace("_", " "))
-                axis.fill_between(result["strength"], r[name]["q25"], r[name]["q75"], alpha=0.15, color=line.get_color())
+            if r[name] is None:  # no other nodes
+                continue
+            strength = result["strength"]
+            line, = axis.plot(strength, r[name]["mean"], label=name.replace("_", " "))
+            axis.fill_between(strength, r[name]["q25"], r[name]["q75"], alpha=0.15,
+                              color=line.get_color())
         axis.set_title(f"{len(r['nodes'])} channel(s) of {r['nodes'][0].rsplit('.', 1)[0]}")
         axis.set_xlabel("steering strength")
     axes[0].set_ylabel("P of the other prompt's answer")
     axes[0].legend()
-    figure.suptitle(f"{result['task']}: the dense model, steered from the sparse one ({result['n_pairs']} held-out pairs, both ways)")
+    figure.suptitle(f"{result['task']}: the dense model, steered from the sparse one "
+                    f"({result['n_pairs']} held-out pairs, both ways)")
     figure.tight_layout()
-    write_atomic(path, lambda f: figure.savefig(f, format="png", dpi=120))
+    write_atomic(path, partial(figure.savefig, format="png", dpi=120))
     print(path)
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse(SteerConfig, argv)
+    try:
+        result = steer(cfg, argv)
+        folder = os.path.join(cfg.run, "steer", cfg.task)
+        os.makedirs(folder, exist_ok=True)
+        write_atomic(os.path.join(folder, "steer.json"), json.dumps(result).encode())
+        print(f"\n{curve_text(result)}\n\n{curve_text(result['best_single'])}")
+        print(f"\n{folder}/steer.json")
+        plot(result, os.path.join(folder, "steer.png"))
+    except (ValueError, OSError) as e:
+        die(str(e))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -8,9 +8,9 @@ from collections import defaultdict
 import pytest
 import torch
 
-from circuit import (Circuit, ablate, all_edges, calibrate, calibrated, circuit_of, count, drop_unconnected, edges_of, last_logits, loss_of,
-                     margins, read_circuit, without_edges)
-from tasks import task_loss
+from circuit import (Circuit, ablate, all_edges, circuit_of, count, drop_unconnected, edges_of,
+                     read_circuit, without_edges)
+from tasks import calibrate, calibrated, last_logits, loss_of, margins, task_loss
 from toy import (CIRCUIT, EVERY_SITE, all_nodes, as_mask, by_hand, hand_made, kept_of, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_edges, random_model, scaled, toy_circuit, toy_pairs)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from config import die, parse, to_toml, write_atomic
+from config import bounded, die, one_of, parse, to_toml, write_atomic
 
 
 @dataclass
@@ -291,3 +291,51 @@ def test_write_atomic_takes_a_name_without_a_folder(tmp_path, monkeypatch):
 def test_write_atomic_files_are_readable_by_others(tmp_path):
     write_atomic(str(tmp_path / "a"), lambda f: f.write(b"new"))
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+# --- bounds --------------------------------------------------------------------------------------
+
+@dataclass
+class Bounded:
+    steps: int = bounded(10, at_least=1)
+    share: float = bounded(0.5, above=0, at_most=1)
+    decay: float = bounded(0.1, at_least=0, below=1)
+    rate: float = bounded(1.0, above=0)
+    targets: tuple = bounded((0.15,), above=0)
+    device: str = one_of("auto", "cpu", "cuda")
+
+
+def test_bounds_leave_defaults_and_types_as_they_are():
+    cfg = parse(Bounded, [])
+    assert asdict(cfg) == dict(
+        steps=10, share=0.5, decay=0.1, rate=1.0, targets=(0.15,), device="auto")
+    assert type(parse(Bounded, ["--share=1"]).share) is float
+
+
+@pytest.mark.parametrize("arg", ["--steps=1", "--share=1", "--share=1e-9", "--decay=0", "--rate=1e300",
+                                 "--targets=0.1,3", "--device=cpu", "--device=cuda"])
+def test_a_value_at_its_bound_is_taken(arg):
+    parse(Bounded, [arg])
+
+
+@pytest.mark.parametrize("arg, said", [
+    ("--steps=0", "steps must be at least 1, not 0"),
+    ("--share=0", "share must be above 0 and at most 1, not 0.0"),
+    ("--share=1.1", "share must be above 0 and at most 1, not 1.1"),
+    ("--decay=1", "decay must be at least 0 and below 1, not 1.0"),
+    ("--decay=-0.1", "decay must be at least 0 and below 1, not -0.1"),
+    ("--rate=inf", "rate must be above 0, not inf"), ("--rate=nan", "rate must be above 0, not nan"),
+    ("--targets=0.1,0", "targets must be above 0, not 0.0"),
+    ("--device=tpu", "device must be auto, cpu or cuda, not 'tpu'"),
+])
+def test_a_value_out_of_bounds_is_refused_with_its_name_and_bounds(capsys, arg, said):
+    assert said in refused(capsys, [arg], Bounded)
+
+
+def test_the_files_values_have_the_same_bounds(tmp_path, capsys):
+    assert "steps must be" in refused(capsys, [f"--config={toml(tmp_path, 'steps = 0')}"], Bounded)
+
+
+def test_write_atomic_takes_bytes(tmp_path):
+    write_atomic(str(tmp_path / "a"), b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and os.listdir(tmp_path) == ["a"]

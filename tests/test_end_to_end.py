@@ -1,4 +1,5 @@
-"""From the data to the page on a tiny scale; the configs, the Makefile and the README name what exists and works."""
+"""From the data to the page on a tiny scale; the configs, the Makefile and the README name what
+exists and works."""
 import html
 import json
 import re
@@ -15,14 +16,16 @@ import torch
 
 import bridge
 import prune
+import steer
 import tasks
 import train
-import tune
 import validate
 import view
 from config import parse
+from data.tinypython.prepare import PrepareConfig
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
+from tools import tune
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -39,7 +42,8 @@ def one_thread():
 
 
 def python(*args, cwd=ROOT):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +56,45 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A model after a few steps of training. Its loss and its page are real; it solves no task yet."""
+    """A model after a few steps of training. Its loss and its page are real; it solves no task."""
     out = tmp_path_factory.mktemp("run")
-    assert train.main([f"--data_dir={data}", f"--out_dir={out}", "--device=cpu", "--n_layer=1", "--d_model=32", "--bigram=counts",
-                       f"--block_size={BLOCK}", "--batch_size=8", "--max_steps=6", "--density=0.2", "--eval_tokens=512"]) == 0
+    assert train.main([
+        f"--data_dir={data}", f"--out_dir={out}", "--device=cpu", "--n_layer=1", "--d_model=32",
+        "--bigram=counts", f"--block_size={BLOCK}", "--batch_size=8", "--max_steps=6",
+        "--density=0.2", "--eval_tokens=512"]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
 def circuit(run, data, tmp_path_factory):
-    """circuit.json of the trained model with one more head channel, wired by hand, that looks for ` [[`."""
-    tokenizer, model, solved = load_tokenizer(), GPT.load(str(run)), tmp_path_factory.mktemp("solved")
+    """circuit.json of the trained model with one more head channel, wired by hand, that looks for
+    ` [[`."""
+    tokenizer = load_tokenizer()
+    model = GPT.load(str(run))
+    solved = tmp_path_factory.mktemp("solved")
     one, two = (tokenizer.encode_ordinary(a)[0] for a in ("]\n", "]]\n"))
-    block, head = model.transformer.h[0], model.lm_head.weight
+    block = model.transformer.h[0]
+    wte = model.transformer.wte.weight
+    head = model.lm_head.weight
+    attn_in = block.attn.c_attn.weight
+    attn_out = block.attn.c_proj.weight
+    values = 2 * model.config.n_head * model.config.d_head  # the first value's row
     with torch.no_grad():
-        wte, attn, width = model.transformer.wte.weight, block.attn, model.config.n_head * model.config.d_head
-        wte[:, :2], head[:, :2], attn.c_proj.weight[:2], block.mlp.c_proj.weight[:2] = 0, 0, 0, 0
-        attn.c_attn.weight[2 * width], attn.c_proj.weight[:, 0] = 0, 0
+        for weight in (wte[:, :2], head[:, :2], attn_out[:2], block.mlp.c_proj.weight[:2],
+                       attn_in[values], attn_out[:, 0]):
+            weight.zero_()
         wte[tokenizer.encode_ordinary(" [[")[0], 0] = 20.0
-        attn.c_attn.weight[2 * width, 0], attn.c_proj.weight[1, 0] = 10.0, 10.0
+        attn_in[values, 0] = 10.0
+        attn_out[1, 0] = 10.0
         head[[one, two], 1] = torch.tensor([-2.0, 2.0])
         model.final_logits_bias[[one, two]] = torch.tensor([10.0, 0.0])
         if model.bigram_table is not None:
             model.bigram_table[:, [one, two]] = 0.0
     model.save(str(solved))
-    assert prune.main([f"--model={solved}", f"--task={TASK}", f"--data={data}", "--target_loss=0.3", "--mean_tokens=150000", "--steps=60",
-                       "--batch_pairs=8", "--train_pairs=64", "--fit_pairs=32", "--heldout_pairs=32", "--lr=0.05", "--k_coef=0.01"]) == 0
+    assert prune.main([
+        f"--model={solved}", f"--task={TASK}", f"--data={data}", "--target_loss=0.3",
+        "--mean_tokens=150000", "--steps=60", "--batch_pairs=8", "--train_pairs=64",
+        "--fit_pairs=32", "--heldout_pairs=32", "--lr=0.05", "--k_coef=0.01"]) == 0
     return solved / TASK / "circuit.json"
 
 
@@ -85,41 +102,58 @@ def circuit(run, data, tmp_path_factory):
 
 def test_every_stage_leaves_its_files(data, run, circuit):
     assert {"train.bin", "val.bin", "meta.json"} <= {p.name for p in data.iterdir()}
-    assert {"beeg_config.json", "final_model.pt", "train.toml", "log.jsonl", "state.pt"} <= {p.name for p in run.iterdir()}
+    files = {"beeg_config.json", "final_model.pt", "train.toml", "log.jsonl", "state.pt"}
+    assert files <= {p.name for p in run.iterdir()}
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 6 and set(last["val_loss"]) == set(json.loads((data / "meta.json").read_text())["val_parts"])
+    meta = json.loads((data / "meta.json").read_text())
+    assert last["step"] == 6 and set(last["val_loss"]) == set(meta["val_parts"])
     assert circuit.is_file()
 
 
 def test_the_circuit_of_the_pipeline_is_small_meets_its_target_and_is_needed(circuit):
     c = json.loads(circuit.read_text())
-    assert [["0.attn.act_in", 0], ["0.attn.resid_delta", 1], ["0.attn.v", 0]] == sorted([s, i] for s, ch in c["nodes"].items() for i in ch)
-    assert c["n_edges"] == 2 and c["loss"] <= 0.3 and c["loss_heldout"] < 0.5 < c["validation"]["necessity"]
+    nodes = sorted([site, i] for site, channels in c["nodes"].items() for i in channels)
+    assert nodes == [["0.attn.act_in", 0], ["0.attn.resid_delta", 1], ["0.attn.v", 0]]
+    assert c["n_edges"] == 2 and c["loss"] <= 0.3
+    assert c["loss_heldout"] < 0.5 < c["validation"]["necessity"]
 
 
 def test_the_circuits_means_are_those_of_the_pretraining_data(circuit, data):
-    c, tokens = json.loads(circuit.read_text()), np.fromfile(data / "train.bin", "<u2").astype(np.int64)
-    rows, sums = torch.from_numpy(tokens[: len(tokens) // BLOCK * BLOCK]).view(-1, BLOCK), {}
+    c = json.loads(circuit.read_text())
+    tokens = np.fromfile(data / "train.bin", "<u2").astype(np.int64)
+    rows = torch.from_numpy(tokens[: len(tokens) // BLOCK * BLOCK]).view(-1, BLOCK)
     model = GPT.load(c["model"]["dir"])
+    means = {}
+
+    def average(site, x):
+        means[site] = x.mean((0, 1))
+        return x
+
     with torch.no_grad():
-        model.run(model.embed(rows), nodes=lambda site, x: sums.setdefault(site, x.mean((0, 1))) is None or x)
+        model.run(model.embed(rows), nodes=average)
     for site, values in c["means"].items():
-        mean = sums[site]
-        assert (torch.tensor(values) - mean).norm() < 0.5 * mean.norm() + 0.02 * len(mean) ** 0.5, site
+        mean = means[site]
+        distance = (torch.tensor(values) - mean).norm()
+        assert distance < 0.5 * mean.norm() + 0.02 * len(mean) ** 0.5, site
 
 
 def test_the_page_shows_every_node_and_edge(circuit):
-    c, page = json.loads(circuit.read_text()), circuit.with_suffix(".html")
+    c = json.loads(circuit.read_text())
     assert view.main([str(circuit)]) == 0
-    text = html.unescape(page.read_text())
-    held = next(json.loads(m) for m in re.findall(r"<script[^>]*json[^>]*>(.*?)</script>", page.read_text(), re.S))
+    page = circuit.with_suffix(".html").read_text()
+    held = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page, re.S)[1])
     assert held["nodes"] == c["nodes"] and len(held["edges"]) == c["n_edges"]
-    assert TASK in text and "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    text = html.unescape(page)
+    assert TASK in text
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
 
 
-def test_a_target_that_a_coin_flip_meets_gives_an_empty_circuit_and_still_a_page(run, data, tmp_path):
-    assert prune.main([f"--model={run}", f"--data={data}", f"--out_dir={tmp_path}", "--target_loss=5", "--mean_tokens=512", "--steps=2",
-                       "--batch_pairs=2", "--train_pairs=16", "--fit_pairs=8", "--heldout_pairs=16"]) == 0
+def test_a_target_that_a_coin_flip_meets_gives_an_empty_circuit_and_still_a_page(
+        run, data, tmp_path):
+    assert prune.main([
+        f"--model={run}", f"--data={data}", f"--out_dir={tmp_path}", "--target_loss=5",
+        "--mean_tokens=512", "--steps=2", "--batch_pairs=2", "--train_pairs=16", "--fit_pairs=8",
+        "--heldout_pairs=16"]) == 0
     file = tmp_path / "single_double_quote" / "circuit.json"
     assert json.loads(file.read_text())["n_edges"] == 0
     assert view.main([str(file)]) == 0 and file.with_suffix(".html").stat().st_size > 1000
@@ -129,7 +163,11 @@ def test_a_target_that_a_coin_flip_meets_gives_an_empty_circuit_and_still_a_page
 
 def loaded(path, *overrides):
     keys = set(tomllib.loads(path.read_text()))
-    kind = prune.PruneConfig if keys & {"task", "target_loss", "k_coef", "heldout_pairs"} else bridge.BridgeConfig if "dense" in keys else train.TrainConfig
+    kind = train.TrainConfig
+    if keys & {"task", "target_loss", "k_coef", "heldout_pairs"}:
+        kind = prune.PruneConfig
+    elif "dense" in keys:
+        kind = bridge.BridgeConfig
     return parse(kind, [f"--config={path}", *overrides])
 
 
@@ -138,7 +176,10 @@ def test_every_config_opens_with_a_comment_and_holds_only_valid_values(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and len(first) > 20
     cfg = loaded(path)
-    train.check(cfg, 1) if isinstance(cfg, train.TrainConfig) else prune.check(cfg)
+    if isinstance(cfg, train.TrainConfig):
+        train.check_run(cfg, 1)
+    else:
+        prune.check_prune(cfg)
 
 
 @each_config
@@ -146,17 +187,19 @@ def test_every_training_config_starts_steps_and_saves_on_a_shrunken_batch(path, 
     if not isinstance(loaded(path), train.TrainConfig):
         pytest.skip("a config of another script")
     out = tmp_path / "out"
-    small = dict(n_layer=1, batch_size=2, grad_accum=1, block_size=16, max_steps=1, dtype="float32", compile="false", eval_tokens=64,
-                 device="cpu", data_dir=data, out_dir=out)
+    small = dict(n_layer=1, batch_size=2, grad_accum=1, block_size=16, max_steps=1, dtype="float32",
+                 compile="false", eval_tokens=64, device="cpu", data_dir=data, out_dir=out)
     script = train
     if isinstance(loaded(path), bridge.BridgeConfig):
-        script, dense = bridge, tmp_path / "dense"
-        assert train.main([f"--{k}={v}" for k, v in (small | dict(out_dir=dense, density=1, afrac=0)).items()]) == 0
-        small |= dict(dense=dense, bridge_rows=1)
+        script = bridge
+        dense = small | dict(out_dir=tmp_path / "dense", density=1, afrac=0)
+        assert train.main([f"--{k}={v}" for k, v in dense.items()]) == 0
+        small |= dict(dense=tmp_path / "dense", bridge_rows=1)
     assert script.main([f"--config={path}", *(f"--{k}={v}" for k, v in small.items())]) == 0
     try:
         model = GPT.load(str(out))
-        assert model.config.d_model == loaded(path).d_model and (out / "state.pt").stat().st_size > 0
+        assert model.config.d_model == loaded(path).d_model
+        assert (out / "state.pt").stat().st_size > 0
     finally:
         shutil.rmtree(out)  # up to a gigabyte
 
@@ -164,14 +207,19 @@ def test_every_training_config_starts_steps_and_saves_on_a_shrunken_batch(path, 
 # --- Makefile and README ------------------------------------------------------------------------
 
 STAGES = ["prepare.py", "train.py --config=configs/demo.toml", "prune.py", "validate.py", "view.py"]
-PRODUCTS = ["data/tinypython/meta.json", "out/demo/finished", "out/demo/single_double_quote/circuit.json"]
+PRODUCTS = ["data/tinypython/meta.json", "out/demo/finished",
+            "out/demo/single_double_quote/circuit.json"]
 
-
-STEERED = "single_double_quote", "while_return_true"
-BRIDGE_STAGES = ["prepare.py", "train.py --config=configs/demo_dense.toml", "bridge.py --config=configs/demo_bridge.toml",
-                 *(f"{script} --task={task}" for task in STEERED for script in ("prune.py --model=out/demo_bridge", "--steer"))]
-BRIDGE_PRODUCTS = ["data/tinypython/meta.json", "out/demo_dense/finished", "out/demo_bridge/finished",
-                   *(f"out/demo_bridge/{file}.json" for task in STEERED for file in (f"{task}/circuit", f"steer/{task}/steer"))]
+BRIDGE_STAGES = ["prepare.py", "train.py --config=configs/demo_dense.toml",
+                 "bridge.py --config=configs/demo_bridge.toml"]
+BRIDGE_PRODUCTS = ["data/tinypython/meta.json", "out/demo_dense/finished",
+                   "out/demo_bridge/finished"]
+for steered in ("single_double_quote", "while_return_true"):
+    BRIDGE_STAGES += [
+        f"prune.py --model=out/demo_bridge --task={steered}",
+        f"steer.py --run=out/demo_bridge --dense=out/demo_dense --task={steered}"]
+    BRIDGE_PRODUCTS += [f"out/demo_bridge/{steered}/circuit.json",
+                        f"out/demo_bridge/steer/{steered}/steer.json"]
 
 
 def make_demo(folder, *options, target="demo"):
@@ -180,14 +228,16 @@ def make_demo(folder, *options, target="demo"):
     ready.parent.mkdir(exist_ok=True)
     ready.touch()
     (folder / "requirements-extra.txt").write_text("matplotlib==0\n")
-    ran = subprocess.run(["make", "-n", "-f", ROOT / "Makefile", *options, target], cwd=folder, capture_output=True, text=True)
+    command = ["make", "-n", "-f", ROOT / "Makefile", *options, target]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return [line for line in ran.stdout.splitlines() if ".py" in line and "echo" not in line]
 
 
 def test_make_demo_runs_its_stages_in_order(tmp_path):
     commands = make_demo(tmp_path)
-    assert len(commands) == len(STAGES) and all(stage in command for stage, command in zip(STAGES, commands))
+    assert len(commands) == len(STAGES)
+    assert all(stage in command for stage, command in zip(STAGES, commands))
     assert "--task=single_double_quote" in commands[2] and "--model=out/demo" in commands[2]
     assert all("out/demo/single_double_quote/circuit.json" in command for command in commands[3:])
 
@@ -207,12 +257,14 @@ def test_make_bridge_runs_its_stages_in_order_and_only_what_is_missing(made, tmp
         (tmp_path / product).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / product).touch()
     commands = make_demo(tmp_path, target="bridge")
-    assert [next(s for s in BRIDGE_STAGES[::-1] if s in c) for c in commands] == BRIDGE_STAGES[made:]
+    stages = [next(s for s in BRIDGE_STAGES[::-1] if s in c) for c in commands]
+    assert stages == BRIDGE_STAGES[made:]
 
 
 def test_data_and_run_can_be_put_elsewhere(tmp_path):
     commands = make_demo(tmp_path, "OUT=elsewhere/run", "TASK=bracket_counting")
-    assert "--model=elsewhere/run" in commands[2] and all("elsewhere/run/bracket_counting/circuit.json" in c for c in commands[3:])
+    assert "--model=elsewhere/run" in commands[2]
+    assert all("elsewhere/run/bracket_counting/circuit.json" in c for c in commands[3:])
 
 
 def test_the_makefile_names_only_files_that_exist():
@@ -222,26 +274,41 @@ def test_the_makefile_names_only_files_that_exist():
         assert (ROOT / name).exists(), name
 
 
-KINDS = {"train.py": train.TrainConfig, "bench.py": train.TrainConfig, "prune.py": prune.PruneConfig, "tune.py": tune.TuneConfig,
-         "tasks.py": tasks.TasksConfig, "bridge.py": bridge.BridgeConfig, "validate.py": validate.ValidateConfig}
+KINDS = {
+    "train.py": train.TrainConfig,
+    "prune.py": prune.PruneConfig,
+    "tasks.py": tasks.TasksConfig,
+    "bridge.py": bridge.BridgeConfig,
+    "steer.py": steer.SteerConfig,
+    "validate.py": validate.ValidateConfig,
+    "data/tinypython/prepare.py": PrepareConfig,
+    "tools/bench.py": train.TrainConfig,
+    "tools/tune.py": tune.TuneConfig,
+}
 
 
 def test_the_readmes_commands_name_files_and_options_that_exist():
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^ *(?:python3?|torchrun --\S+) (\S+\.py)(.*)$", text, re.M)
+    started = r"^ *(?:python3?|torchrun --\S+) +(\S+\.py|-m tools\.\w+)(.*)$"
+    commands = re.findall(started, text, re.M)
     assert commands
     for script, rest in commands:
         options = shlex.split(rest, comments=True)
+        if script.startswith("-m "):
+            script = script.removeprefix("-m ").replace(".", "/") + ".py"
         assert (ROOT / script).is_file(), script
         if script in KINDS:
-            parse(KINDS[script], [o.replace("--config=configs/", f"--config={ROOT}/configs/") for o in options])
+            configs = f"--config={ROOT}/configs/"
+            parse(KINDS[script], [o.replace("--config=configs/", configs) for o in options])
         else:
             source = (ROOT / script).read_text()
-            assert all(f'"{o.split("=")[0]}"' in source for o in options if o.startswith("--")), options
+            named = [o.split("=")[0] for o in options if o.startswith("--")]
+            assert all(f'"{name}"' in source for name in named), options
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^ *make (\w+)", text, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
     for target in re.findall(r"\]\(([^):#]+)\)", text):  # links and pictures within the repository
         assert (ROOT / target).exists(), target
-    for file in re.findall(r"^\| `([^`]+)` \|", text, re.M):
-        assert (ROOT / file).exists(), file
+    for cell in re.findall(r"^\| (`[^|]+`) \|", text, re.M):  # in the table of files: one or more
+        for file in re.findall(r"`([^`]+)`", cell):
+            assert (ROOT / file).exists(), file

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from config import write_atomic
-from model import GPT, GPTConfig, read_config
+from model import GPT, GPTConfig, read_config, record
 
 pytestmark = pytest.mark.usefixtures("seed")
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -49,13 +49,6 @@ def build(config=USUAL, **options):
 
 def tokens(model, B=2, T=None):
     return torch.randint(0, model.config.vocab_size, (B, T or model.config.block_size))
-
-
-def record(into):
-    def node(site, x):
-        into[site] = x
-        return x
-    return node
 
 
 def close(a, b, **tolerance):

@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent / "data" / "tinypython"
-sys.path.insert(0, str(ROOT))
+from data.tinypython.idioms import programs
+from data.tinypython.prepare import real_code
+from data.tinypython.tokenizer import DEFAULT, EOT, EOT_ID, load_tokenizer
 
-from idioms import programs  # noqa: E402
-from prepare import real_code  # noqa: E402
-from tokenizer import DEFAULT, EOT, EOT_ID, load_tokenizer  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent / "data" / "tinypython"
 
 # paper Table 1, and the tokens that open a string or a list
 ANSWERS = {
@@ -58,7 +57,8 @@ def source(tmp_path_factory):
     """A small tree: 40 good files, and one of each kind that must not get in."""
     root = tmp_path_factory.mktemp("source")
     for i in range(40):
-        (root / f"module_{i}.py").write_text(f"def good_{i}(x):\n" + f"    x = x + {i}\n" * 20 + "    return x\n")
+        body = f"    x = x + {i}\n" * 20
+        (root / f"module_{i}.py").write_text(f"def good_{i}(x):\n{body}    return x\n")
     (root / "duplicate.py").write_text((root / "module_3.py").read_text())
     (root / "python2.py").write_text("print 'unparsable'\n")
     (root / "binary.py").write_bytes(b"x = '\xff\xfe'\n")
@@ -70,8 +70,9 @@ def source(tmp_path_factory):
 
 
 def run(*arguments, **environment):
-    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *map(str, arguments)], capture_output=True,
-                          text=True, timeout=120, env=os.environ | environment)
+    command = [sys.executable, str(ROOT / "prepare.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env=os.environ | environment)
 
 
 def prepare(out, *arguments):
@@ -83,7 +84,8 @@ def prepare(out, *arguments):
 def documents(ids):
     """The ids of each document, without the EOT that ends it."""
     assert ids[-1] == EOT_ID
-    return [tuple(part[part != EOT_ID].tolist()) for part in np.split(ids, np.flatnonzero(ids == EOT_ID)[:-1] + 1)]
+    parts = np.split(ids, np.flatnonzero(ids == EOT_ID)[:-1] + 1)
+    return [tuple(part[part != EOT_ID].tolist()) for part in parts]
 
 
 def tokens(file):
@@ -101,22 +103,28 @@ def prepared(source, tmp_path_factory):
 
 @pytest.mark.parametrize("task", ANSWERS)
 def test_every_answer_is_one_token(tokenizer, task):
-    assert {text: len(tokenizer.encode_ordinary(text)) for text in ANSWERS[task]} == dict.fromkeys(ANSWERS[task], 1)
+    lengths = {text: len(tokenizer.encode_ordinary(text)) for text in ANSWERS[task]}
+    assert lengths == dict.fromkeys(ANSWERS[task], 1)
 
 
 @pytest.mark.parametrize("prompt, answer", [
-    ("print('a b", "')\n"), ('log("it', '")\n'), ("xs = [[3, 1], [4, 1", "]]\n"), ("xs = [3, 1", "]\n"),
-    ("    current", ".add"), ("    current", " +="), ("def f(a, b=None, c", "=None"), ("def f(a, b, c", "):\n"),
+    ("print('a b", "')\n"), ('log("it', '")\n'),
+    ("xs = [[3, 1], [4, 1", "]]\n"), ("xs = [3, 1", "]\n"),
+    ("    current", ".add"), ("    current", " +="),
+    ("def f(a, b=None, c", "=None"), ("def f(a, b, c", "):\n"),
     ("        self.name = name", "\n"), ("with open(path)", " as"), ("f = open(infile, 'r", "')\n"),
     ('print(f"total:', " {"), ("x, y = y,", " x"), ("while True", ":\n")])
 def test_an_answer_stays_one_token_behind_its_prompt(tokenizer, prompt, answer):
-    assert tokenizer.encode_ordinary(prompt + answer) == [*tokenizer.encode_ordinary(prompt), *tokenizer.encode_ordinary(answer)]
+    apart = [*tokenizer.encode_ordinary(prompt), *tokenizer.encode_ordinary(answer)]
+    assert tokenizer.encode_ordinary(prompt + answer) == apart
 
 
 def test_ids_give_back_any_text(tokenizer):
     rng = random.Random(0)
-    alphabet = [chr(c) for c in range(128)] + list("äßéΩ漢字🙂\u2028\x85\ufeff") + ["    ", "\r\n", EOT]
-    texts = ["", *("".join(rng.choices(alphabet, k=300)) for _ in range(50)), Path(__file__).read_text()]
+    alphabet = [chr(c) for c in range(128)] + list("äßéΩ漢字🙂\u2028\x85\ufeff")
+    alphabet += ["    ", "\r\n", EOT]
+    texts = ["", Path(__file__).read_text()]
+    texts += ["".join(rng.choices(alphabet, k=300)) for _ in range(50)]
     for text in texts:
         ids = tokenizer.encode_ordinary(text)
         assert tokenizer.decode(ids) == text
@@ -132,11 +140,19 @@ def test_a_published_directory_gives_the_same_ids(tokenizer, tmp_path):
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    spell = lambda token: "".join(character[b] for b in token)  # noqa: E731
+
+    def spell(token):
+        return "".join(character[b] for b in token)
+
     ranks = tokenizer._mergeable_ranks
-    (tmp_path / "encoder.json").write_text(json.dumps({spell(t): r for t, r in ranks.items()} | {EOT: EOT_ID}))
-    merges = [next(f"{spell(t[:i])} {spell(t[i:])}" for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks)
-              for t in sorted(ranks, key=ranks.get) if len(t) > 1]
+    encoder = {spell(t): r for t, r in ranks.items()} | {EOT: EOT_ID}
+    (tmp_path / "encoder.json").write_text(json.dumps(encoder))
+    merges = []
+    for t in sorted(ranks, key=ranks.get):
+        halves = [(t[:i], t[i:]) for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks]
+        if len(t) > 1:
+            left, right = halves[0]
+            merges.append(f"{spell(left)} {spell(right)}")
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     text = Path(__file__).read_text()
     assert load_tokenizer(tmp_path).encode_ordinary(text) == tokenizer.encode_ordinary(text)
@@ -155,7 +171,8 @@ def test_a_changed_tokenizer_file_is_read_anew(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    None, b"", b"no base64 here\n", b"IQ== 1\n", b"\xff\xfe", b"IQ==\n", DEFAULT.read_bytes() + b"QUJDREVG 2047\n"])
+    None, b"", b"no base64 here\n", b"IQ== 1\n", b"\xff\xfe", b"IQ==\n",
+    DEFAULT.read_bytes() + b"QUJDREVG 2047\n"])
 def test_a_bad_tokenizer_file_is_one_line_that_names_it(tmp_path, content):
     file = tmp_path / "t.tiktoken"
     if content is not None:
@@ -169,7 +186,8 @@ def test_training_again_gives_the_same_bytes(tmp_path):
     pytest.importorskip("rustbpe")
     files = [tmp_path / "a.tiktoken", tmp_path / "b.tiktoken"]
     for file in files:
-        command = [sys.executable, ROOT / "train_tokenizer.py", f"--out={file}", "--characters=400_000"]
+        script = ROOT / "train_tokenizer.py"
+        command = [sys.executable, script, f"--out={file}", "--characters=400_000"]
         subprocess.run(command, check=True, timeout=120, capture_output=True)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert len(load_tokenizer(files[0])._mergeable_ranks) == 2047
@@ -198,7 +216,7 @@ def test_no_program_comes_twice_and_a_seed_repeats_them_all(sample):
 
 def test_a_program_that_comes_again_is_passed_over(monkeypatch):
     texts = [f"x = {i}\n" * 20 for i in range(5)]
-    monkeypatch.setattr("idioms.program", lambda rng: rng.choice(texts))
+    monkeypatch.setattr("data.tinypython.idioms.program", lambda rng: rng.choice(texts))
     assert sorted(islice(programs(seed=0), 5)) == texts
 
 
@@ -230,15 +248,18 @@ def test_no_document_is_in_both_train_and_val(prepared):
     train, val = (documents(tokens(out / name)) for name in ("train.bin", "val.bin"))
     assert not set(train) & set(val)
     for side, found in ("train", train), ("val", val):
-        assert len(set(found)) == len(found) == sum(meta["documents"][part][side] for part in ("idioms", "code"))
-        assert all(meta["documents"][part][side] for part in ("idioms", "code"))
+        counts = [meta["documents"][part][side] for part in ("idioms", "code")]
+        assert len(set(found)) == len(found) == sum(counts)
+        assert all(counts)
 
 
 def test_a_document_stays_on_its_side_whatever_the_other_options(source, prepared, tmp_path):
     out, _ = prepared
-    prepare(tmp_path, f"--source={source}", "--tokens=40_000", "--idioms=0.6", "--val=0.1", "--seed=0")
-    assert not set(documents(tokens(out / "train.bin"))) & set(documents(tokens(tmp_path / "val.bin")))
-    assert not set(documents(tokens(out / "val.bin"))) & set(documents(tokens(tmp_path / "train.bin")))
+    others = "--tokens=40_000", "--idioms=0.6", "--val=0.1", "--seed=0"
+    prepare(tmp_path, f"--source={source}", *others)
+    for here, there in (("train.bin", "val.bin"), ("val.bin", "train.bin")):
+        ours = set(documents(tokens(out / here)))
+        assert not ours & set(documents(tokens(tmp_path / there)))
 
 
 def test_the_same_options_give_the_same_bytes_and_another_seed_others(source, prepared, tmp_path):
@@ -263,8 +284,9 @@ def test_val_parts_are_the_idioms_and_then_the_code(prepared, tokenizer):
 
 def test_meta_counts_what_is_in_the_files(prepared):
     out, meta = prepared
-    assert {side: sum(meta["tokens"][part][side] for part in meta["tokens"]) for side in ("train", "val")} == {
-        side: len(tokens(out / f"{side}.bin")) for side in ("train", "val")}
+    for side in ("train", "val"):
+        counted = sum(meta["tokens"][part][side] for part in meta["tokens"])
+        assert counted == len(tokens(out / f"{side}.bin"))
     code = meta["tokens"]["code"]["train"]
     assert meta["share"]["code"] == pytest.approx(code / len(tokens(out / "train.bin")), abs=1e-4)
     assert meta["tokenizer_hash"] == hashlib.sha256(DEFAULT.read_bytes()).hexdigest()
@@ -273,7 +295,8 @@ def test_meta_counts_what_is_in_the_files(prepared):
 
 def test_parts_are_interleaved_in_train(prepared, tokenizer):
     out, _ = prepared
-    is_code = [tokenizer.decode(list(d)).startswith("def good_") for d in documents(tokens(out / "train.bin"))]
+    texts = [tokenizer.decode(list(d)) for d in documents(tokens(out / "train.bin"))]
+    is_code = [text.startswith("def good_") for text in texts]
     half = len(is_code) // 2
     assert 0.25 < sum(is_code[:half]) / sum(is_code) < 0.75
 
@@ -295,14 +318,25 @@ def test_a_source_that_runs_out_is_said_and_the_share_is_the_true_one(source, tm
 
 def test_val_0_and_one_part_alone_are_possible(source, tmp_path):
     meta = prepare(tmp_path, f"--source={source}", "--tokens=3_000", "--idioms=0", "--val=0")
-    assert meta["tokens"]["idioms"] == {"train": 0, "val": 0} and meta["share"] == {"idioms": 0, "code": 1}
+    assert meta["tokens"]["idioms"] == {"train": 0, "val": 0}
+    assert meta["share"] == {"idioms": 0, "code": 1}
     assert (tmp_path / "val.bin").read_bytes() == b""
 
 
 @pytest.mark.parametrize("option, says", [
-    ("--tokens=0", "--tokens"), ("--tokens=-5", "--tokens"), ("--tokens=many", "--tokens"), ("--idioms=1.5", "--idioms"),
-    ("--idioms=nan", "--idioms"), ("--idioms=-0.1", "--idioms"), ("--val=1", "--val"), ("--val=-1", "--val"),
-    ("--source=nowhere", "nowhere"), ("--tokenizer=nowhere", "nowhere"), ("--tokns=5", "--tokns"), ("extra", "extra")])
+    ("--tokens=0", "tokens must be at least 1, not 0"),
+    ("--tokens=-5", "tokens must be at least 1, not -5"),
+    ("--tokens=many", "key 'tokens'"),
+    ("--idioms=1.5", "idioms must be at least 0 and at most 1, not 1.5"),
+    ("--idioms=nan", "idioms must"),
+    ("--idioms=-0.1", "idioms must"),
+    ("--val=1", "val must be at least 0 and below 1, not 1.0"),
+    ("--val=-1", "val must"),
+    ("--source=nowhere", "nowhere"),
+    ("--tokenizer=nowhere", "nowhere"),
+    ("--tokns=5", "'tokns'"),
+    ("extra", "extra"),
+])
 def test_a_bad_option_is_one_line_and_exit_2(tmp_path, option, says):
     done = run(f"--out={tmp_path / 'out'}", "--tokens=1000", option)
     check_refusal(done, says, tmp_path / "out")
@@ -319,7 +353,8 @@ def test_a_tree_without_python_that_parses_is_refused(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "bad.py").write_text("def (:\n")
-    check_refusal(run(f"--out={tmp_path / 'out'}", f"--source={source}", "--tokens=1000"), "parses", tmp_path / "out")
+    out = tmp_path / "out"
+    check_refusal(run(f"--out={out}", f"--source={source}", "--tokens=1000"), "parses", out)
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path, source):
@@ -332,8 +367,9 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, source):
 def test_a_full_disk_keeps_the_old_files(tmp_path, source):
     prepare(tmp_path, f"--source={source}", "--tokens=2_000")
     old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    script = f"ulimit -f 8; exec {sys.executable} {ROOT / 'prepare.py'} --out={tmp_path} --source={source} --tokens=40000"
-    done = subprocess.run(["bash", "-c", "trap '' XFSZ; " + script], capture_output=True, text=True, timeout=60)
+    options = f"--out={tmp_path} --source={source} --tokens=40000"
+    script = f"trap '' XFSZ; ulimit -f 8; exec {sys.executable} {ROOT / 'prepare.py'} {options}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
 
@@ -341,15 +377,19 @@ def test_a_full_disk_keeps_the_old_files(tmp_path, source):
 def test_packages_that_cannot_be_downloaded_are_refused(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    done = run(f"--out={tmp_path / 'out'}", "--source=packages", f"--wheels={tmp_path / 'wheels'}", "--tokens=1000",
-               PIP_NO_INDEX="1", PIP_FIND_LINKS=str(empty), PIP_CONFIG_FILE=os.devnull)
+    done = run(
+        f"--out={tmp_path / 'out'}", "--source=packages", f"--wheels={tmp_path / 'wheels'}",
+        "--tokens=1000",
+        PIP_NO_INDEX="1", PIP_FIND_LINKS=str(empty), PIP_CONFIG_FILE=os.devnull)
     check_refusal(done, "pip cannot", tmp_path / "out")
 
 
 def test_wheels_are_read_as_zip_files_and_never_run(tmp_path):
-    home = tmp_path / "tinypython"
-    home.mkdir()
-    for name in ("prepare.py", "idioms.py", "tokenizer.py", "tokenizer.tiktoken"):
+    home = tmp_path / "data" / "tinypython"
+    home.mkdir(parents=True)
+    shutil.copy(ROOT.parent.parent / "config.py", tmp_path)
+    shutil.copy(ROOT.parent / "__init__.py", home.parent)
+    for name in ("__init__.py", "prepare.py", "idioms.py", "tokenizer.py", "tokenizer.tiktoken"):
         shutil.copy(ROOT / name, home)
     (home / "packages.txt").write_text("# two\nsome-thing==1.0\nOther.One==2\n")
     (home / "wheels").mkdir()
@@ -361,11 +401,13 @@ def test_wheels_are_read_as_zip_files_and_never_run(tmp_path):
     command = [sys.executable, home / "prepare.py", "--source=packages", "--tokens=2000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert json.loads((home / "meta.json").read_text())["documents"]["code"] == {"train": 1, "val": 1}
+    meta = json.loads((home / "meta.json").read_text())
+    assert meta["documents"]["code"] == {"train": 1, "val": 1}
     assert not (tmp_path / "was_run").exists()
 
 
 def test_packages_txt_is_pinned():
-    lines = [line for line in (ROOT / "packages.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = (ROOT / "packages.txt").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
     assert 90 <= len(lines) == len(set(lines)) <= 120
     assert all(len(line.split("==")) == 2 for line in lines)

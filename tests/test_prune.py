@@ -8,17 +8,18 @@ import signal
 from collections import defaultdict
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import prune
-from circuit import ablate, all_edges, drop_unconnected, edges_of, margins
+from circuit import ablate, all_edges, drop_unconnected, edges_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, record
 from prune import SLACK, Gates, attribution, learn_masks, node_means
-from tasks import TASKS, Task, task_loss
+from tasks import TASKS, Task, margins, task_loss
 from toy import (CIRCUIT, SHAPE, TOY, TOY_EDGES, Digits, all_nodes, as_mask, best_fit, hand_made, kept_of, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_model, scaled, toy_circuit, toy_circuits, toy_pairs, toy_prompts,
                  toy_setup)
@@ -31,11 +32,11 @@ pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 def test_node_means_are_the_means_over_all_windows_of_the_file(tmp_path):
     model = random_model(n_layer=2, afrac=0.5, afrac_loctypes="attn_in,attn_q,mlp_in,mlp_neuron,mlp_out")
     np.arange(8).astype("<u2").tofile(tmp_path / "one.bin")  # a single window
-    got, record = node_means(model, str(tmp_path / "one.bin"), 800, 0), {}
-    model(torch.arange(8)[None], nodes=lambda s, x: record.setdefault(s, x))
+    got, seen = node_means(model, str(tmp_path / "one.bin"), 800, 0), {}
+    model(torch.arange(8)[None], nodes=record(seen))
     assert set(got) == set(model.sites)
     for site in model.sites:
-        torch.testing.assert_close(got[site], record[site][0].mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got[site], seen[site][0].mean(0), rtol=1e-4, atol=1e-6)
     rows = np.random.default_rng(3).integers(0, 10, 10)  # three windows, each about a third of the draws
     rows.astype("<u2").tofile(tmp_path / "three.bin")
     got, sums = node_means(model, str(tmp_path / "three.bin"), 24_000, 1), defaultdict(float)
@@ -349,7 +350,7 @@ def everything(tmp_path, monkeypatch):
     """Runs --task=all on four toy tasks: two can be solved, one cannot, one has an answer of two tokens."""
     monkeypatch.setattr(prune, "TASKS", ALL)
     monkeypatch.setattr(prune, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr("circuit.load_tokenizer", lambda path: Digits())
+    monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
     toy_setup(tmp_path, two_tasks_model())
 
     def run(*args):
@@ -446,6 +447,7 @@ def die_by_signal(item):
 
 
 def test_a_killed_process_is_one_line(capsys):
+    assert prune.in_processes(int, ["1", "x"], 2) == [1, "invalid literal for int() with base 10: 'x'"]
     assert prune.in_processes(abs, [-1, 2, -3], 2) == [1, 2, 3]
     with pytest.raises(SystemExit) as e:
         prune.in_processes(die_by_signal, [1, 2, 3], 1)
@@ -471,7 +473,7 @@ def test_two_jobs_write_the_circuits_that_one_writes(model_dir, tmp_path, capsys
     cfg = replace(prune.parse(prune.PruneConfig, [f"--{k}={v}" for k, v in small.items()]), out_dir=f"{tmp_path}/one")
     out = capsys.readouterr().out
     for task in TASKS:
-        got, path = prune._one_of_many(cfg, task), tmp_path / "two" / task / "circuit.json"
+        got, path = prune.result_or_reason(partial(prune.one_of_all, cfg), task), tmp_path / "two" / task / "circuit.json"
         if isinstance(got, str):
             assert f"{task}: no circuit: {got}" in out and not path.exists()
         else:

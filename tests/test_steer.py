@@ -1,4 +1,5 @@
-"""steer.py: the intervention against its formula, on pairs of models whose bridge is known; the file, and bad input."""
+"""steer.py: the intervention against its formula, on pairs of models whose bridge is known; the
+file, and bad input."""
 import copy
 import json
 import sys
@@ -7,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-import bridge
 import prune
 import steer
 from bridge import Bridges, Coupled
-from circuit import last_logits
 from config import parse
-from steer import choose, curve, mean_difference, perturbation, reads, rms_ratio, steered, toward_other
-from tasks import TASKS, Pairs, Task
+from model import weights_hash
+from steer import (choose, curve, mean_difference, perturbation, reads, rms_ratio, steered,
+                   toward_other)
+from tasks import TASKS, Pairs, Task, last_logits
 from toy import TOY, Digits, hand_made, one_thread, random_model, toy_pairs, toy_setup  # noqa: F401
 
 READ = "0.attn.act_in"
@@ -22,7 +23,8 @@ READ = "0.attn.act_in"
 
 def couple(sparse, dense, encoder=None, decoder=None) -> Coupled:
     """Bridges that are the identity unless told otherwise."""
-    bridges = Bridges(2 * sparse.config.n_layer + 1, dense.config.d_model, sparse.config.d_model, 1.0).requires_grad_(False)
+    widths = dense.config.d_model, sparse.config.d_model
+    bridges = Bridges(2 * sparse.config.n_layer + 1, *widths, 1.0).requires_grad_(False)
     for f, g in zip(bridges.encoders, bridges.decoders):
         f.weight.copy_(torch.eye(*f.weight.shape) if encoder is None else encoder)
         g.weight.copy_(torch.eye(*g.weight.shape) if decoder is None else decoder)
@@ -31,40 +33,54 @@ def couple(sparse, dense, encoder=None, decoder=None) -> Coupled:
 
 def answers(logits, pairs):
     rows = torch.arange(len(logits))
-    return logits[rows, pairs.answer], logits[rows, pairs.wrong], logits.softmax(-1)[rows, pairs.wrong]
+    among_all = logits.softmax(-1)[rows, pairs.wrong]
+    return logits[rows, pairs.answer], logits[rows, pairs.wrong], among_all
 
 
-# --- the intervention ------------------------------------------------------------------------------
+# --- the intervention ------------------------------------------------------------------------
 
 def test_strength_0_changes_no_bit_and_strength_1_adds_the_change(seed):
-    model, pairs = random_model(n_layer=2), toy_pairs(8)
+    model = random_model(n_layer=2)
+    pairs = toy_pairs(8)
     change = torch.randn(16, pairs.ids.shape[1], 6)
     for site in ("0.attn.act_in", "0.mlp.act_in", "1.attn.act_in", "1.mlp.act_in"):
         nothing, half, all_ = steered(model, pairs, site, change, [0.0, 0.5, 1.0])
         right, other, among_all = answers(last_logits(model, pairs), pairs)
-        assert torch.equal(nothing[:, 0], torch.sigmoid(-(right - other))) and torch.equal(nothing[:, 1], among_all)
+        assert torch.equal(nothing[:, 0], torch.sigmoid(-(right - other)))
+        assert torch.equal(nothing[:, 1], among_all)
         for strength, p in ((0.5, half), (1.0, all_)):
-            right, other, among_all = answers(last_logits(model, pairs, lambda s, x: x + strength * change if s == site else x), pairs)
-            assert torch.allclose(p[:, 0], torch.sigmoid(other - right), atol=1e-6) and torch.allclose(p[:, 1], among_all, atol=1e-6)
+            def add(s, x):
+                return x + strength * change if s == site else x
+
+            right, other, among_all = answers(last_logits(model, pairs, add), pairs)
+            assert torch.allclose(p[:, 0], torch.sigmoid(other - right), atol=1e-6)
+            assert torch.allclose(p[:, 1], among_all, atol=1e-6)
         assert (all_ - nothing).abs().max() > 1e-3
 
 
 def test_the_perturbation_is_delta_times_the_decoders_row_times_the_ratio_between_the_norms(seed):
-    sparse, dense = random_model(n_layer=2), random_model(n_layer=2, d_model=8)
-    net, delta = couple(sparse, dense, torch.randn(6, 8), torch.randn(8, 6)), torch.randn(4, 5, 6)
-    for i, (site, norms) in enumerate((("0.attn.act_in", "ln_1"), ("0.mlp.act_in", "ln_2"), ("1.attn.act_in", "ln_1"), ("1.mlp.act_in", "ln_2"))):
+    sparse = random_model(n_layer=2)
+    dense = random_model(n_layer=2, d_model=8)
+    net = couple(sparse, dense, torch.randn(6, 8), torch.randn(8, 6))
+    delta = torch.randn(4, 5, 6)
+    sites = (("0.attn.act_in", "ln_1"), ("0.mlp.act_in", "ln_2"),
+             ("1.attn.act_in", "ln_1"), ("1.mlp.act_in", "ln_2"))
+    for i, (site, norms) in enumerate(sites):
         ours, theirs = (getattr(m.transformer.h[i // 2], norms).weight for m in (sparse, dense))
         expected = torch.zeros(4, 5, 8)
         for c in (1, 4):
-            expected += delta[:, :, c, None] / ours[c] * net.bridges.decoders[i].weight[:, c] * 0.7 * theirs
-        assert torch.allclose(perturbation(net, site, [1, 4], delta, 0.7), expected, rtol=1e-4, atol=1e-5)
+            row = net.bridges.decoders[i].weight[:, c]
+            expected += delta[:, :, c, None] / ours[c] * row * 0.7 * theirs
+        change = perturbation(net, site, [1, 4], delta, 0.7)
+        assert torch.allclose(change, expected, rtol=1e-4, atol=1e-5)
     sparse.transformer.h[0].ln_1.weight[1] = 0.0  # a channel that the norm mutes says nothing
     delta[..., 1] = 0.0
     assert torch.equal(perturbation(net, READ, [1], delta, 0.7), torch.zeros(4, 5, 8))
 
 
 def test_between_two_copies_steering_is_exchanging_the_activation(seed):
-    model, pairs = hand_made(), toy_pairs(16)
+    model = hand_made()
+    pairs = toy_pairs(16)
     net = couple(model, copy.deepcopy(model))
     seen = reads(model, pairs)[READ]
     change = perturbation(net, READ, [0], toward_other(seen), 1.0)
@@ -82,17 +98,21 @@ def test_between_two_copies_steering_is_exchanging_the_activation(seed):
 
 def test_the_ratio_is_that_of_the_root_mean_squares_of_the_streams(seed, tmp_path):
     sparse = random_model(n_layer=2)
-    dense = copy.deepcopy(sparse)  # the same function with a stream 4 times as large: the norms undo it
+    # the same function with a stream 4 times as large: the norms undo it
+    dense = copy.deepcopy(sparse)
     for name, p in dense.named_parameters():
         if name.endswith(("c_proj.weight", "wte.weight", "wpe.weight")):
             p.mul_(4.0)
-    np.random.default_rng(0).integers(0, 10, 900).astype("<u2").tofile(tmp_path / "train.bin")
-    assert rms_ratio(couple(sparse, dense), str(tmp_path / "train.bin"), 800) == pytest.approx([0.25] * 5, rel=1e-3)
+    path = tmp_path / "train.bin"
+    np.random.default_rng(0).integers(0, 10, 900).astype("<u2").tofile(path)
+    ratio = rms_ratio(couple(sparse, dense), str(path), 800)
+    assert ratio == pytest.approx([0.25] * 5, rel=1e-3)
 
 
 def test_the_mean_difference_is_of_the_tokens_that_differ_and_of_those_after_them_each_way(seed):
     ids = torch.tensor([[5, 0, 6, 7, 0], [5, 1, 6, 7, 0], [5, 6, 0, 8, 8], [5, 6, 1, 8, 8]])
-    pairs = Pairs(ids, torch.tensor([3, 3, 4, 4]), torch.tensor([2, 3, 2, 3]), torch.tensor([3, 2, 3, 2]))
+    last, answer, wrong = torch.tensor([[3, 3, 4, 4], [2, 3, 2, 3], [3, 2, 3, 2]])
+    pairs = Pairs(ids, last, answer, wrong)
     x = torch.randn(4, 5, 6)
     out = mean_difference(x, pairs, pairs)
     to_second = x[1] - x[0], x[3] - x[2]
@@ -108,89 +128,137 @@ def test_the_mean_difference_is_of_the_tokens_that_differ_and_of_those_after_the
 def test_a_curve_is_the_mean_and_the_quartiles():
     p = torch.tensor([[0.0, 0.1, 0.2, 0.9, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
     c = curve(p)
-    assert c["mean"] == pytest.approx([0.44, 1.0]) and c["q25"] == pytest.approx([0.1, 1.0]) and c["q75"] == pytest.approx([0.9, 1.0])
+    assert c["mean"] == pytest.approx([0.44, 1.0])
+    assert c["q25"] == pytest.approx([0.1, 1.0]) and c["q75"] == pytest.approx([0.9, 1.0])
 
 
 def test_chosen_are_the_reads_that_move_the_answer_most():
-    model, pairs = hand_made(), toy_pairs(16)
-    model.transformer.wte.weight[0, 3], model.transformer.wte.weight[1, 3] = 0.4, -0.4  # a second, weaker way
-    model.transformer.h[0].attn.c_attn.weight[12 + 1, 3] = 1.0
+    model = hand_made()
+    pairs = toy_pairs(16)
+    wte = model.transformer.wte.weight
+    attn_in = model.transformer.h[0].attn.c_attn.weight
+    wte[0, 3] = 0.4  # a second, weaker way
+    wte[1, 3] = -0.4
+    attn_in[12 + 1, 3] = 1.0
     everything = [(site, c) for site in ("0.mlp.act_in", READ) for c in range(6)]
-    net, ratio = couple(model, copy.deepcopy(model)), [1.0] * 3
+    net = couple(model, copy.deepcopy(model))
+    ratio = [1.0] * 3
     assert choose(net, everything, pairs, 8, ratio)[:2] == [(READ, 0), (READ, 3)]
     assert choose(net, everything, pairs, 1, ratio) == [(READ, 0)]
-    model.transformer.h[0].attn.c_attn.weight[12 + 1, 3] = 0.02  # now the second way is not worth its size
+    attn_in[12 + 1, 3] = 0.02  # now the second way is not worth its size
     assert choose(net, everything, pairs, 8, ratio) == [(READ, 0)]
-    model.transformer.h[0].attn.c_attn.weight[12 + 1, 3] = 1.0
-    assert choose(net, everything[:-6] + everything[-5:], pairs, 1, ratio) == [(READ, 3)]  # without the strongest
-    net.dense.transformer.h[0].attn.c_attn.weight.zero_()  # where the dense model does not listen, it is not told
-    net.dense.transformer.h[0].mlp.c_fc.weight.copy_(torch.eye(7, 6)), net.dense.transformer.h[0].mlp.c_proj.weight[3].fill_(1.0)
-    assert choose(net, [(READ, 1), ("0.mlp.act_in", 3)], pairs, 1, ratio) == [("0.mlp.act_in", 3)]
+    attn_in[12 + 1, 3] = 1.0
+    without_the_strongest = everything[:-6] + everything[-5:]
+    assert choose(net, without_the_strongest, pairs, 1, ratio) == [(READ, 3)]
+
+    # where the dense model does not listen, it is not told
+    block = net.dense.transformer.h[0]
+    block.attn.c_attn.weight.zero_()
+    block.mlp.c_fc.weight.copy_(torch.eye(7, 6))
+    block.mlp.c_proj.weight[3].fill_(1.0)
+    chosen = choose(net, [(READ, 1), ("0.mlp.act_in", 3)], pairs, 1, ratio)
+    assert chosen == [("0.mlp.act_in", 3)]
 
 
-# --- the command -----------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 UNEVEN = Task("uneven", "", ("2", "3"), lambda r: (TOY.prompts(r)[0], TOY.prompts(r)[1] + "9"))
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, one_thread):  # noqa: F811
-    """A bridged pair of copies with a circuit of the toy task; runs `bridge.py --steer` on it."""
-    run, dense = tmp_path / "sparse", tmp_path / "dense"
+    """A bridged pair of copies with a circuit of the toy task; runs steer.py on it."""
+    run = tmp_path / "sparse"
+    dense = tmp_path / "dense"
     run.mkdir()
     model, cfg, constants = toy_setup(run, method="attribution")
     model.save(str(dense))
     net = couple(model, copy.deepcopy(model))
-    net.bridges.dense_hash = prune.hash_of(str(dense))
+    net.bridges.dense_hash = weights_hash(str(dense))
     torch.save(net.bridges.state_dict(), run / "bridges.pt")
     (run / "toy").mkdir()
     (circuit,) = prune.prune(model, TOY, Digits(), cfg, constants, lambda text: None)
     circuit["nodes"][READ] = [0, 1, 2]  # the others are to do nothing
     circuit["n_nodes"] = sum(map(len, circuit["nodes"].values()))
+    circuit["examples"] = []  # they show the nodes as they were
     (run / "toy" / "circuit.json").write_text(json.dumps(circuit))
     for name, task in (("toy", TOY), ("uneven", UNEVEN)):
         monkeypatch.setitem(TASKS, name, task)
-    monkeypatch.setattr("circuit.load_tokenizer", lambda path: Digits())
+    monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
 
-    def go(*args, task="toy"):
-        return bridge.main(["--steer", f"--task={task}", f"--out_dir={run}", f"--dense={dense}", f"--data_dir={run}", "--pairs=40", *args])
-    go.run, go.circuit = run, circuit
+    def go(*args, task="toy", dense=dense):
+        return steer.main([f"--task={task}", f"--run={run}", f"--dense={dense}", f"--data={run}",
+                           "--pairs=40", *args])
+
+    def result():
+        return json.loads((run / "steer" / "toy" / "steer.json").read_text())
+
+    go.run = run
+    go.dense = dense
+    go.circuit = circuit
+    go.result = result
     return go
 
 
 def test_steer_json_has_each_curve_and_the_table_shows_it(command, capsys):
     assert command("--channels=1") == 0
-    out, r = capsys.readouterr().out, json.loads((command.run / "steer" / "toy" / "steer.json").read_text())
-    assert r["task"] == "toy" and r["n_pairs"] == 40 and r["strength"] == [i / 10 for i in range(11)] and r["seed"] == 0
-    assert r["nodes"] == r["best_single"]["nodes"] == [f"{READ}.0"] and r["commands"][0].startswith("python bridge.py --steer --task=toy")
+    out = capsys.readouterr().out
+    r = command.result()
+    assert r["task"] == "toy" and r["n_pairs"] == 40 and r["seed"] == 0
+    assert r["strength"] == [i / 10 for i in range(11)]
+    assert r["nodes"] == r["best_single"]["nodes"] == [f"{READ}.0"]
+    assert r["commands"][0].startswith("python steer.py --task=toy")
     for part in (r, r["best_single"], r["absolute"]):
         for name in ("steered", "random", "random_node", "dense_mean_difference"):
             c = part[name]
-            assert all(len(c[k]) == 11 and all(0 <= v <= 1 for v in c[k]) for k in ("mean", "q25", "q75"))
+            for k in ("mean", "q25", "q75"):
+                assert len(c[k]) == 11 and all(0 <= v <= 1 for v in c[k])
             assert all(a <= b for a, b in zip(c["q25"], c["q75"]))
-            assert c["mean"][0] == pytest.approx(part["steered"]["mean"][0], rel=1e-5)  # at strength 0 all are the same
+            # at strength 0 all are the same
+            assert c["mean"][0] == pytest.approx(part["steered"]["mean"][0], rel=1e-5)
     for name in ("steered", "dense_mean_difference"):
-        both = [(a + b) / 2 for a, b in zip(*(r[side]["absolute"][name]["mean"] for side in ("from_first", "from_second")))]
+        first = r["from_first"]["absolute"][name]["mean"]
+        second = r["from_second"]["absolute"][name]["mean"]
+        both = [(a + b) / 2 for a, b in zip(first, second)]
         assert both == pytest.approx(r["absolute"][name]["mean"], rel=1e-5)
-    assert r["steered"]["mean"][-1] > 0.5 > r["steered"]["mean"][0]
-    assert r["dense_mean_difference"]["mean"][-1] > 0.5 and r["random"]["mean"][-1] < r["steered"]["mean"][-1]
+    ours = r["steered"]["mean"]
+    assert ours[-1] > 0.5 > ours[0]
+    assert r["dense_mean_difference"]["mean"][-1] > 0.5 and r["random"]["mean"][-1] < ours[-1]
     row = next(line for line in out.splitlines() if line.strip().startswith("1.0")).split()
-    assert [float(x) for x in row[1:3]] == pytest.approx([r["steered"]["mean"][-1], r["random"]["mean"][-1]], abs=6e-4)
+    shown = [float(x) for x in row[1:3]]
+    assert shown == pytest.approx([ours[-1], r["random"]["mean"][-1]], abs=6e-4)
+
+
+def test_without_dense_it_is_the_one_that_the_run_names(command):
+    (command.run / "train.toml").write_text(f"dense = {json.dumps(str(command.dense))}\n")
+    assert command("--channels=1", dense="") == 0
+    assert command.result()["dense"] == str(command.dense)
 
 
 def test_the_best_single_read_is_the_one_that_moves_the_dense_model_most(seed):
-    model, pairs = hand_made(), toy_pairs(16)
-    deaf = copy.deepcopy(model)  # a sparse model that does not listen to channel 0; the dense one does
+    model = hand_made()
+    pairs = toy_pairs(16)
+    # a sparse model that does not listen to channel 0; the dense one does
+    deaf = copy.deepcopy(model)
     deaf.transformer.h[0].attn.c_attn.weight.zero_()
-    net, everything = couple(deaf, model), [(site, c) for site in ("0.mlp.act_in", READ) for c in range(6)]
+    net = couple(deaf, model)
+    everything = [(site, c) for site in ("0.mlp.act_in", READ) for c in range(6)]
     assert steer.best_single(net, everything, pairs, [1.0] * 3) == (READ, 0)
 
 
 def test_random_directions_are_as_long_as_the_perturbation(monkeypatch, seed):
-    model, pairs, seen = random_model(n_layer=1), toy_pairs(8), []
-    net, original = couple(model, copy.deepcopy(model)), steer.steered
-    monkeypatch.setattr(steer, "steered", lambda m, p, site, change, *_: seen.append((len(p), change)) or original(m, p, site, change))
-    steer.compare(net, [(READ, 0), (READ, 2)], [], pairs, pairs, [0.5] * 3, parse(bridge.BridgeConfig, ["--draws=4"]))
+    model = random_model(n_layer=1)
+    pairs = toy_pairs(8)
+    net = couple(model, copy.deepcopy(model))
+    seen = []
+
+    def watched(model, pairs, site, change):
+        seen.append((len(pairs), change))
+        return steered(model, pairs, site, change)
+
+    monkeypatch.setattr(steer, "steered", watched)
+    cfg = parse(steer.SteerConfig, ["--draws=4"])
+    steer.compare(net, [(READ, 0), (READ, 2)], [], pairs, pairs, [0.5] * 3, cfg)
     *randoms, (_, ours), _ = seen
     assert len(randoms) == 4 and all(n == 2 for n, _ in randoms)
     size = ours.norm(dim=-1)
@@ -203,8 +271,9 @@ def test_random_directions_are_as_long_as_the_perturbation(monkeypatch, seed):
 
 def test_nodes_by_hand_are_those_and_no_others(command):
     assert command(f"--node={READ}.2,{READ}.0") == 0
-    r = json.loads((command.run / "steer" / "toy" / "steer.json").read_text())
-    assert set(r["nodes"]) == {f"{READ}.2", f"{READ}.0"} and r["best_single"]["nodes"] == [f"{READ}.0"]
+    r = command.result()
+    assert set(r["nodes"]) == {f"{READ}.2", f"{READ}.0"}
+    assert r["best_single"]["nodes"] == [f"{READ}.0"]
 
 
 def test_without_matplotlib_there_is_the_table_and_a_line(command, capsys, monkeypatch):
@@ -234,8 +303,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, capsys):
     refused(command, capsys, f"--node={READ}.5", says=[f"{READ}.5", "nearest"])
     refused(command, capsys, "--node=0.attn.v.1", says=["0.attn.v.1", "no residual read"])
     refused(command, capsys, task="bracket_counting", says=["prune.py", "bracket_counting"])
+    refused(command, capsys, task="quotes", says=["task", "nearest"])
     other = command.run / "other.json"
-    for change, says in ((dict(task="uneven"), "uneven"), (dict(model={**command.circuit["model"], "sha256": "0" * 64}), "another model")):
+    another_model = {**command.circuit["model"], "sha256": "0" * 64}
+    for change, says in ((dict(task="uneven"), "uneven"),
+                         (dict(model=another_model), "another model")):
         other.write_text(json.dumps({**command.circuit, **change}))
         refused(command, capsys, f"--circuit={other}", says=[says])
     other.write_text(json.dumps({**command.circuit, "task": "uneven"}))

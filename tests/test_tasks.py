@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from circuit import last_logits
+from data.tinypython.filler import FILES
 from data.tinypython.tokenizer import EOT_ID, load_tokenizer
 from model import GPT, GPTConfig
-from tasks import FILES, TASKS, Pairs, Task, load_pairs, main, task_loss
+from tasks import TASKS, Pairs, Task, last_logits, load_pairs, main, task_loss
 
 BLOCK = 128
 NAMES = """single_double_quote bracket_counting set_or_string set_or_string_fixedvarname final_kwarg class_init with_as

@@ -176,14 +176,14 @@ def test_steps_lost_in_a_crash_are_repeated_exactly_and_logged_once(data, straig
 
 
 def test_the_data_order_depends_on_seed_and_step_alone(data, tmp_path, monkeypatch):
-    read, windows = {}, train.windows
+    read, windows = {}, train.inputs_and_targets
 
     def record(array, starts, *rest):
         if len(array) > 5000:  # the training data
             read.setdefault(run, []).append(list(starts))
         return windows(array, starts, *rest)
 
-    monkeypatch.setattr(train, "windows", record)
+    monkeypatch.setattr(train, "inputs_and_targets", record)
     for run, over in (("straight", {}), ("other seed", {"seed": 1}), ("other lr", {"lr": 0.001, "log_interval": 5})):
         train.main(argv(data, tmp_path / run, **over))
     run = "stopped"
@@ -584,14 +584,14 @@ def test_the_logged_validation_losses_and_dead_neurons_are_those_of_the_saved_mo
 
 
 def test_evaluation_of_a_share_of_the_data_takes_no_more_tokens_than_asked(data, tmp_path, monkeypatch):
-    read, windows = [], train.windows
+    read, windows = [], train.inputs_and_targets
 
     def record(array, starts, *rest):
         if len(array) < 1000:  # the validation data
             read.extend(starts)
         return windows(array, starts, *rest)
 
-    monkeypatch.setattr(train, "windows", record)
+    monkeypatch.setattr(train, "inputs_and_targets", record)
     assert train.main(argv(data, tmp_path / "run", eval_tokens=5 * BLOCK, eval_interval=6)) == 0
     assert len(read) == 2 * 2 * 5 and read[:10] == read[10:]  # two evaluations, two parts, the same windows each time
     for (a, b), starts in zip(VAL_PARTS.values(), (read[:5], read[5:10])):

@@ -1,19 +1,21 @@
-"""tune.py: trials that go on where they stopped, never mix with others, and end in a config that prune.py takes."""
+"""tools/tune.py: trials that go on where they stopped, never mix with others, and end in a config that prune.py takes."""
 import json
 import math
 import re
+import subprocess
 import sys
 import tomllib
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import prune
-import tune
 from config import parse
 from model import GPT
 from prune import PruneConfig
+from tools import tune
 from toy import TOY, Digits, one_thread, random_model, toy_setup  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
@@ -26,7 +28,7 @@ def toy(tmp_path, monkeypatch):
     """Runs tune.py on the toy task; `toy.seen` are the settings of the trials."""
     for module in (prune, tune):
         monkeypatch.setattr(module, "TASKS", {"toy": TOY})
-        monkeypatch.setattr("circuit.load_tokenizer", lambda path: Digits())
+        monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
     toy_setup(tmp_path)
     find, seen = tune.find, []
 
@@ -190,9 +192,11 @@ class TestWithOptuna:
         (toy.folder / "tune.journal").write_text("not\na\njournal\n")
         assert "tune.journal is damaged" in refused(toy, capsys)
 
-    def test_prune_can_call_it(self, toy):
-        cfg = parse(PruneConfig, [f"--model={toy.folder.parent}", f"--data={toy.folder.parent}", *SMALL])
-        assert prune.main([f"--model={toy.folder.parent}", f"--data={toy.folder.parent}", *SMALL, "--tune=1"]) == 0
+    def test_the_command_is_a_module_of_tools(self, toy):
+        assert toy.run("--trials=1") == 0
         assert len(toy.seen) == 1 and not (toy.folder / "circuit.json").exists()
-        tune.tune(cfg, 1)  # the trial is there
+        tune.tune(parse(tune.TuneConfig, [f"--model={toy.folder.parent}", f"--data={toy.folder.parent}", *SMALL, "--trials=1"]))  # the trial is there
         assert len(toy.seen) == 1 and parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == toy.seen[0]
+        root = Path(tune.__file__).resolve().parent.parent
+        ran = subprocess.run([sys.executable, "-m", "tools.tune", "--trials=0"], cwd=root, capture_output=True, text=True)
+        assert ran.returncode == 2 and ran.stderr == "tune.py: trials must be at least 1, not 0\n"

@@ -13,10 +13,11 @@ import torch
 import torch.nn as nn
 
 import validate
-from circuit import Circuit, ablate, all_edges, calibrate, circuit_of, edges_of, margins
+from circuit import Circuit, all_edges, circuit_of
+from data.tinypython.filler import FILES, GROWN, NOUNS, VARIABLES
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from prune import PruneConfig, node_means
-from tasks import FILES, GROWN, NOUNS, TASKS, VARIABLES, load_pairs
+from tasks import TASKS, calibrate, load_pairs, margins
 from toy import (TOY, Digits, all_nodes, best_fit, hand_made, nats, one_thread, plain_margins, random_edges, random_model,  # noqa: F401
                  scaled, toy_circuit, toy_pairs, toy_setup)
 from validate import (Case, agreement, bank_of, case_of, complement, control, frozen, frozen_norms, generalisation, halves, longer,
@@ -385,7 +386,7 @@ def command(toy_run, tmp_path, monkeypatch):
     """Writes circuit files and runs validate.py on them: exit status, stdout, stderr."""
     c, folder = toy_run
     monkeypatch.setitem(TASKS, "toy", TOY)
-    monkeypatch.setattr("circuit.load_tokenizer", lambda path: Digits())
+    monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
     monkeypatch.setattr("sys.argv", ["validate.py"])
     path = tmp_path / "run" / "toy" / "circuit.json"
     path.parent.mkdir(parents=True)
@@ -419,7 +420,7 @@ def test_a_complete_card_is_not_measured_again_unless_asked_or_set_otherwise(com
 
     def measure(case, stated, controls, say):
         next(calls)
-        card = {key: 0.5 for _, key, *_ in validate.LINES} | {"verdict": "Measured.", "trustworthy": True if controls else None}
+        card = {line.key: 0.5 for line in validate.LINES} | {"verdict": "Measured.", "trustworthy": True if controls else None}
         return card | {k: {"loss": 0.7, "loss_heldout": 0.7, "nodes": 1, "edges": 1, "met": False} for k in validate.CONTROLS if controls}
 
     monkeypatch.setattr(validate, "card_of", measure)

@@ -1,4 +1,4 @@
-"""view.py: the page holds the whole circuit, needs no network, survives hostile tokens, refuses bad input."""
+"""view.py: the page holds the whole circuit, needs no network, survives hostile text, says no."""
 
 import html
 import json
@@ -12,59 +12,101 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(not BROWSER, reason="no chromium, chromium-browser or google-chrome on PATH")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+needs_browser = pytest.mark.skipif(not BROWSER, reason=f"none of {BROWSERS} on PATH")
 WIDTH = {"act_in": 256, "q": 256, "k": 256, "v": 256, "resid_delta": 256, "post_act": 1024}
+SITES = ("attn.act_in", "attn.q", "attn.k", "attn.v", "attn.resid_delta",
+         "mlp.act_in", "mlp.post_act", "mlp.resid_delta")
+MATRICES = (("attn.act_in", "attn.q"), ("attn.act_in", "attn.k"), ("attn.act_in", "attn.v"),
+            ("attn.v", "attn.resid_delta"),
+            ("mlp.act_in", "mlp.post_act"), ("mlp.post_act", "mlp.resid_delta"))
 HOSTILE = ["</script><b>", "a & 'b' \"c\"", "<!--", "\t\u2028é", "@@DATA@@"]
 
 
-def make_circuit(per_site: int = 2, n_layer: int = 2, edge_share: float = 0.4, seed: int = 0) -> dict:
+def make_circuit(
+    per_site: int = 2, n_layer: int = 2, edge_share: float = 0.4, seed: int = 0
+) -> dict:
     """A synthetic circuit of the shape that prune.py writes."""
     rng = random.Random(seed)
-    stream = rng.sample(range(256), 4 + 2 * per_site)  # the residual channels that reads and writes share
-    nodes, edges, means = {}, [], {}
+    # the residual channels that reads and writes share, and the channels of three heads
+    stream = rng.sample(range(256), 4 + 2 * per_site)
+    in_heads = [h * 16 + i for h in (2, 9, 13) for i in range(16)]
+    nodes = {}
+    means = {}
+    edges = []
     for layer in range(n_layer):
-        for name in "attn.act_in attn.q attn.k attn.v attn.resid_delta mlp.act_in mlp.post_act mlp.resid_delta".split():
-            site, width = f"{layer}.{name}", WIDTH[name.split(".")[1]]
-            pool = stream if "act_in" in name or "resid" in name else \
-                [h * 16 + i for h in (2, 9, 13) for i in range(16)] if "attn" in name else range(width)
+        for name in SITES:
+            site = f"{layer}.{name}"
+            width = WIDTH[name.split(".")[1]]
+            pool = range(width)
+            if "act_in" in name or "resid" in name:
+                pool = stream
+            elif "attn" in name:
+                pool = in_heads
             nodes[site] = sorted(rng.sample(pool, rng.randint(max(1, per_site - 1), per_site)))
             means[site] = [round(rng.gauss(0, 0.3), 5) for _ in range(width)]
-        for a, b in (("attn.act_in", "attn.q"), ("attn.act_in", "attn.k"), ("attn.act_in", "attn.v"),
-                     ("attn.v", "attn.resid_delta"), ("mlp.act_in", "mlp.post_act"), ("mlp.post_act", "mlp.resid_delta")):
-            ends = [(c, d) for c in nodes[f"{layer}.{a}"] for d in nodes[f"{layer}.{b}"]]
-            chosen = {e for e in ends if rng.random() < edge_share}
-            chosen |= {(c, rng.choice(nodes[f"{layer}.{b}"])) for c in nodes[f"{layer}.{a}"] if "v" in b or "mlp" in b}
-            chosen |= {(rng.choice(nodes[f"{layer}.{a}"]), d) for d in nodes[f"{layer}.{b}"]}
-            chosen = sorted(chosen)
-            edges += [[f"{layer}.{a}", c, f"{layer}.{b}", d, round(rng.gauss(0, 1), 4)] for c, d in chosen]
+        for a, b in MATRICES:
+            edges += make_edges(rng, f"{layer}.{a}", f"{layer}.{b}", nodes, edge_share)
+
+    def weight():
+        return round(rng.gauss(0, 1), 4)
+
+    examples = [make_example(rng, i, nodes) for i in range(6)]
     words = ["('", "(\"", "'", " name", "\n   ", "def", " =", " print", ")", *HOSTILE]
     reads = sorted({c for site, cs in nodes.items() if "act_in" in site for c in cs})
     writes = sorted({c for site, cs in nodes.items() if "resid" in site for c in cs})
-    examples = []
-    for i in range(6):
-        quote = "'\""[i % 2]
-        tokens = ["def", " greet", "(", "name", ",", " times", "):", "\n   ", " for", " i", " in", " range", "(", "times",
-                  "):", "\n       ", " print", f"({quote}", "hello", " <", "b", ">", " &", "amp", ";", HOSTILE[i % 5]]
-        examples.append({
-            "tokens": tokens, "answer": f"{quote})\n", "wrong": "\"'"[i % 2] + ")\n", "p_answer": 0.97 - 0.1 * i,
-            "p_answer_unpruned": 0.9992,
-            "activations": {site: [[round(rng.gauss(0, 1), 4) * (rng.random() < 0.3) for _ in tokens] for _ in cs]
-                            for site, cs in nodes.items()}})
+    answers = ["')\n", "\")\n"]
     return {
         "format": "sparse-circuit-1",
-        "model": {"dir": "out/demo", "sha256": "ab" * 32, "n_layer": n_layer, "d_model": 256, "n_head": 16,
-                  "d_head": 16, "d_mlp": 1024},
-        "task": "single_double_quote", "task_description": "Close a string with the quote that opened it <&>.",
-        "answers": ["')\n", "\")\n"], "target_loss": 0.15, "loss": 0.1123, "loss_heldout": 0.1241,
-        "unpruned_loss": 0.0113, "ablation": "mean", "logit_scale": 1.7, "logit_shift": 0.02, "nodes": nodes,
+        "model": {"dir": "out/demo", "sha256": "ab" * 32, "n_layer": n_layer, "d_model": 256,
+                  "n_head": 16, "d_head": 16, "d_mlp": 1024},
+        "task": "single_double_quote",
+        "task_description": "Close a string with the quote that opened it <&>.",
+        "answers": answers,
+        "target_loss": 0.15, "loss": 0.1123, "loss_heldout": 0.1241, "unpruned_loss": 0.0113,
+        "ablation": "mean", "logit_scale": 1.7, "logit_shift": 0.02,
+        "nodes": nodes,
         "edges": edges,
-        "embedding": [[i, w, c, round(rng.gauss(0, 1), 4)] for c in reads for i, w in enumerate(rng.sample(words, 6))],
-        "unembedding": [[t, a, c, round(rng.gauss(0, 1), 4)] for c in writes[::2]
-                        for t, a in ((7, "')\n"), (8, "\")\n"))],
-        "means": means, "n_nodes": sum(map(len, nodes.values())), "n_edges": len(edges),
-        "validation": {"sufficiency": 0.1241, "necessity": 3.412, "controls": {"random_weights": 0.69, "ok": True}},
-        "examples": examples, "seed": 0, "settings": {"steps": 500, "k_coef": 1e-4, "adam": {"lr": 0.003}}}
+        "embedding": [[i, w, c, weight()] for c in reads
+                      for i, w in enumerate(rng.sample(words, 6))],
+        "unembedding": [[t, a, c, weight()] for c in writes[::2] for t, a in zip((7, 8), answers)],
+        "means": means,
+        "n_nodes": sum(map(len, nodes.values())),
+        "n_edges": len(edges),
+        "validation": {"sufficiency": 0.1241, "necessity": 3.412,
+                       "controls": {"random_weights": 0.69, "ok": True}},
+        "examples": examples,
+        "seed": 0,
+        "settings": {"steps": 500, "k_coef": 1e-4, "adam": {"lr": 0.003}},
+    }
+
+
+def make_edges(rng: random.Random, a: str, b: str, nodes: dict, share: float) -> list[list]:
+    """Some of the weights from the nodes of site a to those of b; in all, no node is left alone."""
+    chosen = {(c, d) for c in nodes[a] for d in nodes[b] if rng.random() < share}
+    if "v" in b or "mlp" in b:
+        chosen |= {(c, rng.choice(nodes[b])) for c in nodes[a]}
+    chosen |= {(rng.choice(nodes[a]), d) for d in nodes[b]}
+    return [[a, c, b, d, round(rng.gauss(0, 1), 4)] for c, d in sorted(chosen)]
+
+
+def make_example(rng: random.Random, i: int, nodes: dict) -> dict:
+    quote = "'\""[i % 2]
+    other = "\"'"[i % 2]
+    tokens = ["def", " greet", "(", "name", ",", " times", "):", "\n   ", " for", " i", " in",
+              " range", "(", "times", "):", "\n       ", " print", f"({quote}", "hello", " <", "b",
+              ">", " &", "amp", ";", HOSTILE[i % 5]]
+    activations = {}
+    for site, channels in nodes.items():
+        activations[site] = []
+        for _ in channels:
+            row = [round(rng.gauss(0, 1), 4) * (rng.random() < 0.3) for _ in tokens]
+            activations[site].append(row)
+    return {
+        "tokens": tokens, "answer": f"{quote})\n", "wrong": f"{other})\n",
+        "p_answer": 0.97 - 0.1 * i, "p_answer_unpruned": 0.9992, "activations": activations,
+    }
 
 
 def save(circuit: object, folder: Path) -> Path:
@@ -74,7 +116,8 @@ def save(circuit: object, folder: Path) -> Path:
 
 
 def view(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "view.py", *map(str, args)], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "view.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def page_of(circuit: dict, folder: Path) -> str:
@@ -85,16 +128,19 @@ def page_of(circuit: dict, folder: Path) -> str:
 
 
 def embedded(page: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="circuit">(.*?)</script>', page, re.S)[1])
+    data = r'<script type="application/json" id="circuit">(.*?)</script>'
+    return json.loads(re.search(data, page, re.S)[1])
 
 
 def test_page_holds_every_node_and_edge_and_needs_no_network(tmp_path):
     circuit = make_circuit()
     page = page_of(circuit, tmp_path)
-    assert embedded(page)["nodes"] == circuit["nodes"] and embedded(page)["edges"] == circuit["edges"]
+    assert embedded(page)["nodes"] == circuit["nodes"]
+    assert embedded(page)["edges"] == circuit["edges"]
     for site, channels in circuit["nodes"].items():  # the means are cut down to the nodes
         assert embedded(page)["means"][site] == [circuit["means"][site][c] for c in channels]
-    assert not re.search(r"https?://|@import|url\(|<link|<img|\bsrc=|fetch\(|import\(", page.replace("'", ""))
+    fetching = r"https?://|@import|url\(|<link|<img|\bsrc=|fetch\(|import\("
+    assert not re.search(fetching, page.replace("'", ""))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["circuit.html", "circuit.json"]
 
 
@@ -102,10 +148,12 @@ def test_hostile_text_stays_text(tmp_path):
     circuit = make_circuit()
     circuit["task"] = "</title><script>alert(1)</script> @@DATA@@ \ud800"
     page = page_of(circuit, tmp_path)
-    assert page.count("</script>") == 2 and page.count("</title>") == 1 and "<b>" not in page.split("<script>")[0]
+    assert page.count("</script>") == 2 and page.count("</title>") == 1
+    assert "<b>" not in page.split("<script>")[0]
     assert "<" not in re.search(r'id="circuit">(.*?)</script>', page, re.S)[1]
     assert embedded(page)["task"] == circuit["task"]
-    assert [ex["tokens"] for ex in embedded(page)["examples"]] == [ex["tokens"] for ex in circuit["examples"]]
+    shown = [ex["tokens"] for ex in embedded(page)["examples"]]
+    assert shown == [ex["tokens"] for ex in circuit["examples"]]
 
 
 def test_values_that_json_lacks_become_null_and_out_names_the_file(tmp_path):
@@ -140,7 +188,9 @@ BAD = {
     "no edges": (without("edges"), "'edges'"),
     "no nodes and no seed": ({k: v for k, v in without("nodes").items() if k != "seed"}, "'nodes'"),
     "other format": (changed(format="sparse-circuit-9"), "sparse-circuit-9"),
-    "model without d_head": (changed(model={"dir": "x", "sha256": "y", "n_layer": 2, "d_model": 8, "n_head": 1}), "d_head"),
+    "model without d_head": (
+        changed(model={"dir": "x", "sha256": "y", "n_layer": 2, "d_model": 8, "n_head": 1}),
+        "d_head"),
     "unknown site": (changed(nodes={"0.attn.z": [1]}), "0.attn.z"),
     "edge to nowhere": (with_edge(["0.attn.act_in", 999, "0.attn.v", 1, 0.5]), "0.attn.act_in.999"),
     "edge of a list": (with_edge([["0.attn.act_in"], 1, "0.attn.v", 1, 0.5]), "unhashable"),
@@ -155,7 +205,8 @@ BAD = {
 
 def refused(done: subprocess.CompletedProcess, word: str) -> None:
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("view.py: ") and done.stderr.count("\n") == 1 and word in done.stderr
+    assert done.stderr.startswith("view.py: ") and done.stderr.count("\n") == 1
+    assert word in done.stderr
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -179,17 +230,20 @@ def test_bad_paths_are_one_line_exit_2_and_no_file(tmp_path):
 
 
 def open_page(page: Path, folder: Path) -> tuple[str, list[str]]:
-    """The DOM after the scripts ran, and every line that the page wrote to the console (errors among them)."""
+    """The DOM after the scripts ran, and every line that it wrote to the console, errors too."""
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync", "--disable-quic"]
     done = subprocess.run(
-        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={folder / 'profile'}",
-         "--enable-logging=stderr", "--window-size=1400,1000", "--dump-dom", page.as_uri()],
+        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", *quiet,
+         f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+         "--window-size=1400,1000", "--dump-dom", page.as_uri()],
         capture_output=True, text=True, timeout=60)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @needs_browser
-@pytest.mark.parametrize("size", [dict(), dict(per_site=12, n_layer=4, edge_share=0.5)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "size", [dict(), dict(per_site=12, n_layer=4, edge_share=0.5)], ids=["small", "large"])
 def test_browser_draws_one_mark_per_node_and_one_line_per_edge_without_error(size, tmp_path):
     circuit = make_circuit(**size)
     page_of(circuit, tmp_path)
@@ -201,24 +255,33 @@ def test_browser_draws_one_mark_per_node_and_one_line_per_edge_without_error(siz
     assert dom.count("node picked") == 1 and 'aria-pressed="true"' in dom
     assert "NaN" not in dom and "undefined" not in dom.split("<script")[0]
     assert re.search(r'<span[^>]*style="background: color-mix[^>]*>', dom)
-    assert "controls.random_weights" in dom.split("<script")[0] and "3.412" in dom.split("<script")[0]
-    assert "<b>" + "hello" not in dom and "&lt;/script&gt;&lt;b&gt;" in dom.split("<script")[0]
+    body = dom.split("<script")[0]
+    assert "controls.random_weights" in body and "3.412" in body
+    assert "<b>" + "hello" not in dom and "&lt;/script&gt;&lt;b&gt;" in body
 
 
 ACT = """<script>
-const point = (el, x) => el.dispatchEvent(new PointerEvent('pointermove', {bubbles: true, clientX: x, clientY: x}));
-const seen = {tips: 0, lit: 0, picked: 0, tokens: 0};
-for (const el of document.querySelectorAll('.node, .end, .hit')) {
-  point(el, 5); seen.tips += !document.getElementById('tip').hidden; seen.lit += document.querySelectorAll('.on').length > 1;
+const hint = document.getElementById('tip');
+const point = (el, x) => el.dispatchEvent(
+  new PointerEvent('pointermove', {bubbles: true, clientX: x, clientY: x}));
+const press = (el, key) => el.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
+const all = document.querySelectorAll('.node, .end, .hit');
+const seen = {tips: 0, lit: 0, picked: 0, tokens: 0, all: all.length};
+for (const el of all) {
+  point(el, 5);
+  seen.tips += !hint.hidden;
+  seen.lit += document.querySelectorAll('.on').length > 1;
 }
 for (const el of document.querySelectorAll('.node')) {
-  el.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true})); seen.picked += el.matches('.picked');
-  const token = document.querySelector('pre span'); point(token, 9);
-  seen.tokens += document.getElementById('tip').textContent.startsWith(el.dataset.id + ' = ');
+  press(el, 'Enter');
+  seen.picked += el.matches('.picked');
+  point(document.querySelector('pre span'), 9);
+  seen.tokens += hint.textContent.startsWith(el.dataset.id + ' = ');
 }
-document.querySelector('[data-go]').click(); point(document.body, 1);
-document.body.dataset.seen = JSON.stringify({...seen, all: document.querySelectorAll('.node, .end, .hit').length,
-  hidden: document.getElementById('tip').hidden});
+document.querySelector('[data-go]').click();
+point(document.body, 1);
+seen.hidden = hint.hidden;
+document.body.dataset.seen = JSON.stringify(seen);
 </script></body>"""
 
 
@@ -230,13 +293,15 @@ def test_hovering_and_selecting_work_for_every_node_and_link(tmp_path):
     dom, console = open_page(tmp_path / "act.html", tmp_path)
     assert console == []
     seen = json.loads(html.unescape(re.search(r'data-seen="([^"]+)"', dom)[1]))
-    assert seen["tips"] == seen["lit"] == seen["all"] > circuit["n_nodes"] + circuit["n_edges"] and seen["hidden"]
+    assert seen["tips"] == seen["lit"] == seen["all"] > circuit["n_nodes"] + circuit["n_edges"]
+    assert seen["hidden"]
     assert seen["picked"] == seen["tokens"] == circuit["n_nodes"]
 
 
 @needs_browser
 def test_browser_opens_a_circuit_without_nodes_or_examples(tmp_path):
-    page_of(changed(nodes={}, edges=[], examples=[], embedding=[], unembedding=[], n_nodes=0, n_edges=0), tmp_path)
+    empty = dict(nodes={}, edges=[], examples=[], embedding=[], unembedding=[])
+    page_of(changed(**empty, n_nodes=0, n_edges=0), tmp_path)
     assert open_page(tmp_path / "circuit.html", tmp_path)[1] == []
 
 

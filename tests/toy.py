@@ -1,4 +1,5 @@
-"""What the tests of circuits share: a task of digits, models made by hand for it, and a circuit run without circuit.py."""
+"""What the tests of circuits share: a task of digits, models made by hand for it, and a circuit
+run without circuit.py."""
 import json
 
 import numpy as np
@@ -8,13 +9,13 @@ import torch.nn.functional as F
 
 import prune
 from circuit import all_edges
-from kernels import abstopk
 from model import GPT, GPTConfig, SITES
+from ops import abstopk
 from prune import PruneConfig, node_means
 from tasks import Task, load_pairs
 
-SHAPE = dict(block_size=8, vocab_size=10, n_layer=1, n_head=2, d_head=3, d_model=6, d_mlp=7, rms_norm=True, bias=False,
-             tied_unembed=False, grad_checkpointing=False)
+SHAPE = dict(block_size=8, vocab_size=10, n_layer=1, n_head=2, d_head=3, d_model=6, d_mlp=7,
+             rms_norm=True, bias=False, tied_unembed=False, grad_checkpointing=False)
 EVERY_SITE = ",".join(SITES.values())
 
 
@@ -33,7 +34,8 @@ def random_model(std=0.5, keep=1.0, **options) -> GPT:
     return model
 
 
-# --- the toy task: digits are tokens; the first is 0 or 1, the answer is 2 or 3, the rest is noise, the last is 9 --
+# --- the toy task -----------------------------------------------------------------------------
+# digits are tokens; the first is 0 or 1, the answer is 2 or 3, the rest is noise, the last is 9
 
 class Digits:
     n_vocab = 10
@@ -52,14 +54,16 @@ def toy_prompts(r):
 
 TOY = Task("toy", "say which of 0 and 1 came first", ("2", "3"), toy_prompts)
 CIRCUIT = {"0.attn.act_in": [0], "0.attn.v": [1], "0.attn.resid_delta": [3]}
-TOY_EDGES = [["0.attn.act_in", 0, "0.attn.v", 1, 2.0], ["0.attn.v", 1, "0.attn.resid_delta", 3, 2.0]]
+TOY_EDGES = [["0.attn.act_in", 0, "0.attn.v", 1, 2.0],
+             ["0.attn.v", 1, "0.attn.resid_delta", 3, 2.0]]
 
 
 def hand_made() -> GPT:
-    """Uniform attention copies channel 0 (+: token 0, -: token 1) to channel 3 (+: answer 2, -: answer 3).
+    """Uniform attention copies channel 0 (+: token 0, -: token 1) to channel 3 (+: answer 2, -: 3).
 
-    Tokens 4 and 5 disturb channel 0. Beside it: a live path that means nothing for the task (channel 1 to 1, with
-    a bias toward one answer), an MLP that nothing reads, and a lit channel 2 that keeps the norm from dividing by 0.
+    Tokens 4 and 5 disturb channel 0. Beside it: a live path that means nothing for the task
+    (channel 1 to 1, with a bias toward one answer), an MLP that nothing reads, and a lit channel 2
+    that keeps the norm from dividing by 0.
     """
     model = random_model(std=0.0, sink=False)
     wte, head, block = model.transformer.wte.weight, model.lm_head.weight, model.transformer.h[0]
@@ -77,7 +81,8 @@ def hand_made() -> GPT:
 
 
 def parallel_model(cross=0.0) -> GPT:
-    """Four channels carry the deciding token, each disturbed by another token: the more are averaged, the lower the loss.
+    """Four channels carry the deciding token, each disturbed by another token: the more are
+    averaged, the lower the loss.
 
     `cross`: a further weight from each channel's read to the next one's value, which no one needs.
     """
@@ -100,15 +105,17 @@ def toy_setup(tmp_path, model=None, **options):
     model.save(str(tmp_path))
     np.random.default_rng(0).integers(0, 10, 4000).astype("<u2").tofile(tmp_path / "train.bin")
     constants = node_means(model, str(tmp_path / "train.bin"), 2048, 0)
-    cfg = PruneConfig(**{**dict(model=str(tmp_path), data=str(tmp_path), task="toy", target_loss=(0.4,), mean_tokens=2048, train_pairs=256,
-                                fit_pairs=24, heldout_pairs=100, steps=150, batch_pairs=16, lr=0.03, k_coef=0.01), **options})
-    return model, cfg, constants
+    settings = dict(model=str(tmp_path), data=str(tmp_path), task="toy", target_loss=(0.4,),
+                    mean_tokens=2048, train_pairs=256, fit_pairs=24, heldout_pairs=100, steps=150,
+                    batch_pairs=16, lr=0.03, k_coef=0.01)
+    return model, PruneConfig(**{**settings, **options}), constants
 
 
 def toy_circuits(tmp_path, model=None, **options):
     """The model, its config and the contents of its circuit files."""
     model, cfg, constants = toy_setup(tmp_path, model, **options)
-    return model, cfg, json.loads(json.dumps(list(prune.prune(model, TOY, Digits(), cfg, constants, lambda text: None))))
+    found = list(prune.prune(model, TOY, Digits(), cfg, constants, lambda text: None))
+    return model, cfg, json.loads(json.dumps(found))
 
 
 def toy_circuit(tmp_path, model=None, **options):
@@ -142,9 +149,11 @@ def random_edges(model, share=0.7):
 # --- a circuit run without circuit.py -------------------------------------------------------------
 
 def by_hand(model, mask, edges, means):
-    """The node function of a circuit: each site is computed anew from the one that it reads, every weight between two
-    nodes that `edges` lacks seeing its source's mean; then nodes outside `mask` are put at their means."""
+    """The node function of a circuit: each site is computed anew from the one that it reads, every
+    weight between two nodes that `edges` lacks seeing its source's mean; then nodes outside `mask`
+    are put at their means."""
     c, seen = model.config, {}
+    width = c.n_head * c.d_head
 
     def fn(site, x):
         seen[site] = x
@@ -152,14 +161,23 @@ def by_hand(model, mask, edges, means):
             return x
         layer, part = site.split(".", 1)
         block = model.transformer.h[int(layer)]
-        start, linear = {"attn.q": ("attn.act_in", block.attn.c_attn), "attn.k": ("attn.act_in", block.attn.c_attn),
-                         "attn.v": ("attn.act_in", block.attn.c_attn), "attn.resid_delta": ("attn.v", block.attn.c_proj),
-                         "mlp.post_act": ("mlp.act_in", block.mlp.c_fc), "mlp.resid_delta": ("mlp.post_act", block.mlp.c_proj)
-                         }.get(part, (None, None))
+        start, linear = {
+            "attn.q": ("attn.act_in", block.attn.c_attn),
+            "attn.k": ("attn.act_in", block.attn.c_attn),
+            "attn.v": ("attn.act_in", block.attn.c_attn),
+            "attn.resid_delta": ("attn.v", block.attn.c_proj),
+            "mlp.post_act": ("mlp.act_in", block.mlp.c_fc),
+            "mlp.resid_delta": ("mlp.post_act", block.mlp.c_proj),
+        }.get(part, (None, None))
         if start:
             a = f"{layer}.{start}"
-            source = seen[f"{layer}.attn.y" if start == "attn.v" else a]  # what of the values the attention passes on
-            rows = slice(None) if part[-1] not in "qkv" else slice(i := "qkv".index(part[-1]) * c.n_head * c.d_head, i + c.n_head * c.d_head)
+            source = seen[a]
+            if start == "attn.v":  # what of the values the attention passes on
+                source = seen[f"{layer}.attn.y"]
+            rows = slice(None)
+            if part[-1] in "qkv":
+                first = "qkv".index(part[-1]) * width
+                rows = slice(first, first + width)
             x = torch.zeros_like(x) + (linear.bias[rows] if linear.bias is not None else 0)
             for i, row in enumerate(linear.weight[rows]):
                 for j in row.nonzero().flatten().tolist():
@@ -186,12 +204,14 @@ def nats(margin):
 
 
 def scaled(margin, scale, shift):
-    return scale * margin.double() + shift * torch.tensor([1.0, -1.0]).double().repeat(len(margin) // 2)
+    sign = torch.tensor([1.0, -1.0]).double().repeat(len(margin) // 2)
+    return scale * margin.double() + shift * sign
 
 
 def best_fit(margin):
     """Scale and shift by Newton's method."""
-    x, p = torch.stack([margin.double(), scaled(0 * margin, 0, 1.0)], 1), torch.tensor([1.0, 0.0]).double()
+    x = torch.stack([margin.double(), scaled(0 * margin, 0, 1.0)], 1)
+    p = torch.tensor([1.0, 0.0]).double()
     for _ in range(100):
         s = torch.sigmoid(-(x @ p))
         p = p + torch.linalg.solve((x.T * (s * (1 - s))) @ x + 1e-9 * torch.eye(2), x.T @ s)

@@ -1,15 +1,17 @@
-"""Makes the training data: train.bin, val.bin (token ids, uint16 little-endian) and meta.json (paper A.6).
+"""Makes the training data (paper A.6): train.bin and val.bin (token ids, uint16), and meta.json.
 
-- Two parts: idioms (idioms.py, generated) and real code (.py files of this Python installation, of a directory,
-  or of the wheels in packages.txt, which are read as zip files; nothing is ever imported or run).
-- Real code is deduplicated by content; what does not parse, was generated or is mostly a table is dropped.
+    python data/tinypython/prepare.py [--tokens=6_000_000] [--idioms=0.7]
+                                      [--source=stdlib|installed|packages|DIR]
+
+- Two parts: idioms (idioms.py, generated) and real code (.py files of this Python installation, of
+  a directory, or of the wheels in packages.txt, which are read as zip files; nothing is ever
+  imported or run).
+- Real code is deduplicated by content; what does not parse, was generated or is mostly a table is
+  dropped.
 - A document goes to train or val by its hash, so never to both. Each ends with <|endoftext|>.
 - The same options and inputs give the same bytes.
-
-    python data/tinypython/prepare.py [--tokens=6_000_000] [--idioms=0.7] [--source=stdlib|installed|packages|DIR]
 """
 
-import argparse
 import ast
 import hashlib
 import json
@@ -26,91 +28,138 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from idioms import programs
-from tokenizer import DEFAULT, EOT_ID, load_tokenizer
-
 HERE = Path(__file__).resolve().parent
-PARTS = ("idioms", "code")
-THREADS = 2
+sys.path.insert(0, str(HERE.parent.parent))  # run as a script, from wherever
+
+from config import bounded, die, parse  # noqa: E402
+from data.tinypython.idioms import programs  # noqa: E402
+from data.tinypython.tokenizer import DEFAULT, EOT_ID, load_tokenizer  # noqa: E402
+
+THREADS = 2  # of the tokenizer: any machine has two cores
+BATCH = 64  # documents that are tokenized at once
 
 
-# ---------------------------------------------------------------- real code
+@dataclass
+class PrepareConfig:
+    out: str = str(HERE)  # folder for the three files
+    tokens: int = bounded(6_000_000, at_least=1)  # in all
+    idioms: float = bounded(0.7, at_least=0, at_most=1)  # their share of the tokens
+    source: str = "stdlib"  # of real code: stdlib, installed, packages or a folder
+    seed: int = 0  # of the idioms and of the order of documents
+    val: float = bounded(0.02, at_least=0, below=1)  # share of the documents in val.bin
+    tokenizer: str = str(DEFAULT)  # a .tiktoken file, or a folder in the published format
+    wheels: str = str(HERE / "wheels")  # where the packages are kept
 
 
-def tree(root: Path, skip: tuple[str, ...] = ()) -> Iterator[bytes]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
-        for file in sorted(files):
-            if file.endswith(".py"):
-                try:
-                    yield Path(folder, file).read_bytes()
-                except OSError:  # a dangling link, a file that we may not read
-                    continue
+# --- real code -------------------------------------------------------------------------------
+
+# Folders that are left out: lists of test cases read unlike other code. (idlelib: half tests.)
+TESTS = ("test", "tests", "testing", "idlelib")
 
 
 def read_source(source: str, wheels: Path) -> Iterator[bytes]:
     """The .py files of a source, as they are."""
-    tests = ("test", "tests", "testing", "idlelib")
     if source in ("stdlib", "installed"):
         paths = sysconfig.get_paths()
-        yield from tree(Path(paths["stdlib"]), (*tests, "site-packages", "dist-packages"))
+        yield from tree(Path(paths["stdlib"]), skip=(*TESTS, "site-packages", "dist-packages"))
         if source == "installed":
             for site in sorted({paths["purelib"], paths["platlib"]}):
-                yield from tree(Path(site), tests)
+                yield from tree(Path(site), skip=TESTS)
     elif source == "packages":
         for wheel in download(HERE / "packages.txt", wheels):
-            with zipfile.ZipFile(wheel) as archive:
-                for name in sorted(archive.namelist()):
-                    if name.endswith(".py") and not set(tests) & set(name.split("/")):
-                        yield archive.read(name)
+            yield from files_of(wheel)
     else:
         yield from tree(Path(source))
 
 
-def plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "_", name).lower()  # as in the names of wheels
+def tree(root: Path, skip: tuple[str, ...] = ()) -> Iterator[bytes]:
+    """The .py files under a folder, in an order that does not hang on the file system."""
+    for folder, folders, files in os.walk(root):
+        # os.walk goes where this list, changed in place, says
+        folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
+        for file in sorted(files):
+            if not file.endswith(".py"):
+                continue
+            try:
+                content = Path(folder, file).read_bytes()
+            except OSError:  # a dangling link, a file that we may not read
+                continue
+            yield content
+
+
+def files_of(wheel: Path) -> Iterator[bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".py") and not set(TESTS) & set(name.split("/")):
+                yield archive.read(name)
 
 
 def download(requirements: Path, wheels: Path) -> list[Path]:
-    """The wheels that a file of `name==version` lines asks for, fetched unless they are there already."""
-    lines = requirements.read_text(encoding="utf-8").split("\n")
-    pins = [line.strip().partition("==") for line in lines if line.strip() and not line.startswith("#")]
-    pins = [(plain(name), version) for name, _, version in pins]
+    """The wheels of a file of `name==version` lines, fetched unless they are there already."""
+    pins = []
+    for line in requirements.read_text(encoding="utf-8").split("\n"):
+        if line.strip() and not line.startswith("#"):
+            name, _, version = line.strip().partition("==")
+            pins.append((plain(name), version))
 
-    def present() -> list[Path]:
-        found = {(plain(file.name.split("-")[0]), file.name.split("-")[1]): file for file in wheels.glob("*-*.whl")}
-        return [found[pin] for pin in pins if pin in found]
+    present = wheels_of(pins, wheels)
+    if len(present) == len(pins):
+        return present
 
-    if len(present()) < len(pins):
-        print(f"downloading {len(pins)} wheels to {wheels}", flush=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        what = ["--only-binary=:all:", "--no-deps", f"--dest={wheels}", f"--requirement={requirements}"]
-        done = subprocess.run([*pip, *what], capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise ValueError(f"pip cannot download the packages ({said}); try again later or use another --source")
-        if len(present()) < len(pins):
-            raise ValueError(f"pip left out some wheels of {requirements.name}; empty {wheels} and try again")
-    return present()
+    print(f"downloading {len(pins)} wheels to {wheels}", flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    only = ["--only-binary=:all:", "--no-deps"]  # a source package would run its setup.py
+    where = [f"--dest={wheels}", f"--requirement={requirements}"]
+    done = subprocess.run([*pip, *only, *where], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise ValueError(
+            f"pip cannot download the packages ({said}); try again later or use another --source"
+        )
+    present = wheels_of(pins, wheels)
+    if len(present) < len(pins):
+        raise ValueError(
+            f"pip left out some wheels of {requirements.name}; empty {wheels} and try again"
+        )
+    return present
+
+
+def wheels_of(pins: list[tuple[str, str]], wheels: Path) -> list[Path]:
+    """Of the (name, version) pairs those that a folder holds, in their order."""
+    found = {}
+    for file in wheels.glob("*-*.whl"):
+        name, version = file.name.split("-")[:2]
+        found[plain(name), version] = file
+    return [found[pin] for pin in pins if pin in found]
+
+
+def plain(name: str) -> str:
+    """A package's name as in the names of wheels."""
+    return re.sub(r"[-_.]+", "_", name).lower()
 
 
 BY_A_PROGRAM = re.compile(
-    r"auto-?(matically )?generated|(file|module|code) (is|was) generated|^\W*generated (by|from|with|using)|"
-    r"generated from ['\"]|do not edit", re.IGNORECASE | re.MULTILINE)
-DATA_LINE = re.compile(r"""^\s*(['"(\[{})\]]|-?[0-9])(?!"")""", re.MULTILINE)  # an entry of a table; not a docstring
+    r"auto-?(matically )?generated|(file|module|code) (is|was) generated|"
+    r"^\W*generated (by|from|with|using)|generated from ['\"]|do not edit",
+    re.IGNORECASE | re.MULTILINE,
+)
+# a line that begins like an entry of a table; not a docstring
+DATA_LINE = re.compile(r"""^\s*(['"(\[{})\]]|-?[0-9])(?!"")""", re.MULTILINE)
 
 
 def generated(text: str) -> bool:
     """Whether a program wrote it, or it holds data rather than code."""
     lines = text.splitlines()
-    if BY_A_PROGRAM.search("\n".join(lines[:10])):
+    if BY_A_PROGRAM.search("\n".join(lines[:10])):  # such a note stands at the top
         return True
+    # nobody types lines like that
     if max(map(len, lines)) > 1000 or len(text) > 200 * len(lines):
         return True
     return len(DATA_LINE.findall(text)) > 0.6 * len(lines)
@@ -127,7 +176,10 @@ def parses(text: str) -> bool:
 
 
 def real_code(files: Iterable[bytes], dropped: Counter) -> Iterator[str]:
-    """The files worth keeping, each content once, in the order of their hashes (so a part of them is a fair sample)."""
+    """The files worth keeping, each content once; `dropped` counts the others by their reason.
+
+    They come in the order of their hashes, so that the first of them are a fair sample of all.
+    """
     texts = {}
     for raw in files:
         try:
@@ -141,6 +193,7 @@ def real_code(files: Iterable[bytes], dropped: Counter) -> Iterator[str]:
             dropped["duplicate"] += 1
         else:
             texts[digest(text)] = text
+
     for key in sorted(texts):
         if generated(texts[key]):
             dropped["generated"] += 1
@@ -150,49 +203,162 @@ def real_code(files: Iterable[bytes], dropped: Counter) -> Iterator[str]:
             yield texts[key]
 
 
-# ---------------------------------------------------------------- tokens
+# --- tokens ----------------------------------------------------------------------------------
+
+Document = tuple[str, np.ndarray]  # hash of its text, ids with EOT
 
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-Document = tuple[str, np.ndarray]  # hash of its text, ids with EOT
-
-
-def encode(name: str, texts: Iterable[str], target: int, tokenizer: tiktoken.Encoding) -> list[Document]:
+def encode(
+    part: str, texts: Iterable[str], target: int, tokenizer: tiktoken.Encoding
+) -> list[Document]:
     """One document after another until they hold `target` tokens, or no more come."""
-    documents, total, start, said = [], 0, time.time(), time.time()
+    documents = []
+    total = 0
+    start = time.time()
+    said = start
     texts = iter(texts)
-    while total < target and (batch := list(islice(texts, 64))):
-        for text, ids in zip(batch, tokenizer.encode_ordinary_batch(batch, num_threads=THREADS)):
+    while total < target:
+        batch = list(islice(texts, BATCH))
+        if not batch:
+            break
+        encoded = tokenizer.encode_ordinary_batch(batch, num_threads=THREADS)
+        for text, ids in zip(batch, encoded):
             if total < target:
                 documents.append((digest(text), np.array([*ids, EOT_ID], dtype="<u2")))
                 total += len(ids) + 1
         if time.time() - said > 2:
             said = time.time()
-            left = (said - start) * (target / total - 1)
-            print(f"{name}: {total:,} of {target:,} tokens, {max(left, 0):.0f} s left", flush=True)
-    print(f"{name}: {total:,} tokens in {len(documents):,} documents, {time.time() - start:.0f} s", flush=True)
+            left = max((said - start) * (target / total - 1), 0)
+            print(f"{part}: {total:,} of {target:,} tokens, {left:.0f} s left", flush=True)
+
+    took = f"{time.time() - start:.0f} s"
+    print(f"{part}: {total:,} tokens in {len(documents):,} documents, {took}", flush=True)
     return documents
 
 
-def split(documents: list[Document], val: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Train and val, by the last digits of the hash (the first decided the order). Of two documents each gets one."""
+def split(documents: list[Document], val: float) -> dict[str, list[np.ndarray]]:
+    """The documents of train and of val, in their order. Of two documents each gets one.
+
+    A hash is a fair draw that never changes: a document stays on its side whatever else comes.
+    """
+    # by its last 13 digits: the first ones decided the order in which the documents came
     ranked = sorted((int(key[-13:], 16) / 16**13, key) for key, _ in documents)
     n = sum(rank < val for rank, _ in ranked)
     if val > 0 and len(ranked) > 1:
         n = min(max(n, 1), len(ranked) - 1)
     chosen = {key for _, key in ranked[:n]}
-    return [ids for key, ids in documents if key not in chosen], [ids for key, ids in documents if key in chosen]
+    return {
+        "train": [ids for key, ids in documents if key not in chosen],
+        "val": [ids for key, ids in documents if key in chosen],
+    }
 
 
-# ---------------------------------------------------------------- the script
+# --- the script ------------------------------------------------------------------------------
+
+def prepare(cfg: PrepareConfig) -> None:
+    """Writes the three files. ValueError or OSError, in one line, where that is not possible."""
+    start = time.time()
+    named = cfg.source in ("stdlib", "installed", "packages")
+    if not named and not Path(cfg.source).is_dir():
+        raise ValueError(
+            f"--source={cfg.source}: not stdlib, installed, packages or a directory that exists"
+        )
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # better to fail now than when all is done
+
+    documents = collect(cfg, tokenizer)
+    idioms = split(documents["idioms"], cfg.val)
+    code = split(documents["code"], cfg.val)
+    meta = describe(cfg, idioms, code)
+    total = meta["tokens"]["idioms"]["train"] + meta["tokens"]["code"]["train"]
+    share = meta["share"]
+    if sum(meta["tokens"]["code"].values()) < wanted_code(cfg):
+        wanted = f"{1 - cfg.idioms:.0%}"
+        print(f"{cfg.source} ran out: {share['code']:.0%} of train.bin is real code, not {wanted}")
+
+    # the parts are mixed in train.bin and stand one behind the other in val.bin: train.py measures
+    # the loss on each of them
+    train = idioms["train"] + code["train"]
+    random.Random(cfg.seed).shuffle(train)
+    val = idioms["val"] + code["val"]
+    write_all(out, {
+        "train.bin": b"".join(ids.tobytes() for ids in train),
+        "val.bin": b"".join(ids.tobytes() for ids in val),
+        "meta.json": (json.dumps(meta, indent=1) + "\n").encode(),
+    })
+    print(f"{cfg.out}: {total:,} tokens in train.bin ({share['idioms']:.0%} idioms), "
+          f"{sum(map(len, val)):,} in val.bin; {time.time() - start:.0f} s in all")
+
+
+def wanted_code(cfg: PrepareConfig) -> int:
+    """How many of the tokens are to be real code."""
+    return cfg.tokens - round(cfg.tokens * cfg.idioms)
+
+
+def collect(cfg: PrepareConfig, tokenizer: tiktoken.Encoding) -> dict[str, list[Document]]:
+    """The documents of both parts."""
+    n_code = wanted_code(cfg)
+    idioms = encode("idioms", programs(cfg.seed), cfg.tokens - n_code, tokenizer)
+
+    dropped = Counter()
+    texts = real_code(read_source(cfg.source, Path(cfg.wheels)), dropped)
+    code = encode("code", texts, n_code, tokenizer)
+    if n_code and not code:
+        raise ValueError(
+            f"--source={cfg.source}: no Python file in it parses; name another or use --idioms=1"
+        )
+    if dropped:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
+        print(f"code: dropped {counts}")
+    return {"idioms": idioms, "code": code}
+
+
+def describe(cfg: PrepareConfig, idioms: dict, code: dict) -> dict:
+    """The content of meta.json."""
+    parts = {"idioms": idioms, "code": code}
+    documents = {}
+    tokens = {}
+    for part, sides in parts.items():
+        documents[part] = {side: len(docs) for side, docs in sides.items()}
+        tokens[part] = {side: sum(map(len, docs)) for side, docs in sides.items()}
+    total = tokens["idioms"]["train"] + tokens["code"]["train"]
+    middle = tokens["idioms"]["val"]
+    end = middle + tokens["code"]["val"]
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "share": {part: round(tokens[part]["train"] / total, 4) for part in parts},
+        "val_parts": {"idioms": [0, middle], "code": [middle, end]},
+        "vocab_size": EOT_ID + 1,
+        "eot": EOT_ID,
+        "tokenizer": Path(cfg.tokenizer).name,
+        "tokenizer_hash": fingerprint(Path(cfg.tokenizer)),
+        "seed": cfg.seed,
+        "source": cfg.source,
+        "python": platform.python_version(),
+        "options": {"tokens": cfg.tokens, "idioms": cfg.idioms, "val": cfg.val},
+    }
+
+
+def fingerprint(tokenizer: Path) -> str:
+    """sha256 of the file or, of a published folder, of its two files."""
+    files = [tokenizer]
+    if tokenizer.is_dir():
+        files = [tokenizer / "encoder.json", tokenizer / "vocab.bpe"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def write_all(out: Path, files: dict[str, bytes]) -> None:
-    """Each under a temporary name first, so that a full disk changes nothing. meta.json vouches for the others: it is
-    the first to go and the last to come."""
+    """Each under a temporary name first, so that a full disk changes nothing.
+
+    meta.json vouches for the others: it is the first to go and the last to come.
+    """
     temporary = {}
     try:
         for name, content in files.items():
@@ -201,98 +367,24 @@ def write_all(out: Path, files: dict[str, bytes]) -> None:
                 f.write(content)
         (out / "meta.json").unlink(missing_ok=True)
         for name in files:
-            os.chmod(temporary[name], 0o644)
+            os.chmod(temporary[name], 0o644)  # mkstemp makes private files
             os.replace(temporary.pop(name), out / name)
     finally:
         for name in temporary.values():
             os.unlink(name)
 
 
-def fingerprint(tokenizer: Path) -> str:
-    files = [tokenizer / "encoder.json", tokenizer / "vocab.bpe"] if tokenizer.is_dir() else [tokenizer]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def prepare(options: argparse.Namespace) -> None:
-    start = time.time()
-    if options.tokens <= 0:
-        raise ValueError(f"--tokens={options.tokens}: give a number of tokens above 0")
-    if not 0 <= options.idioms <= 1:
-        raise ValueError(f"--idioms={options.idioms}: the idioms' share of the tokens lies between 0 and 1")
-    if not 0 <= options.val < 1:
-        raise ValueError(f"--val={options.val}: the share of documents for val.bin is at least 0 and below 1")
-    if options.source not in ("stdlib", "installed", "packages") and not Path(options.source).is_dir():
-        raise ValueError(f"--source={options.source}: neither stdlib, installed, packages nor a directory that exists")
-    tokenizer = load_tokenizer(options.tokenizer)
-    options.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=options.out).close()  # better to fail now than when all is done
-
-    target = {"idioms": round(options.tokens * options.idioms)}
-    target["code"] = options.tokens - target["idioms"]
-    dropped = Counter()
-    texts = {"idioms": programs(options.seed), "code": real_code(read_source(options.source, options.wheels), dropped)}
-    documents = {part: encode(part, texts[part], target[part], tokenizer) for part in PARTS}
-    if target["code"] and not documents["code"]:
-        raise ValueError(f"--source={options.source}: no Python file in it parses; name another or use --idioms=1")
-    if dropped:
-        print("code: dropped " + ", ".join(f"{n} {why}" for why, n in sorted(dropped.items())))
-
-    parts = {part: dict(zip(("train", "val"), split(documents[part], options.val))) for part in PARTS}
-    tokens = {part: {side: sum(map(len, docs)) for side, docs in sides.items()} for part, sides in parts.items()}
-    total = sum(sides["train"] for sides in tokens.values())
-    share = {part: round(tokens[part]["train"] / total, 4) for part in PARTS}
-    if sum(tokens["code"].values()) < target["code"]:
-        print(f"{options.source} ran out: {share['code']:.0%} of train.bin is real code, not {1 - options.idioms:.0%}")
-    train = [ids for part in PARTS for ids in parts[part]["train"]]
-    val = [ids for part in PARTS for ids in parts[part]["val"]]
-    random.Random(options.seed).shuffle(train)
-    middle, end = tokens["idioms"]["val"], tokens["idioms"]["val"] + tokens["code"]["val"]
-    meta = {
-        "documents": {part: {side: len(docs) for side, docs in sides.items()} for part, sides in parts.items()},
-        "tokens": tokens,
-        "share": share,
-        "val_parts": {"idioms": [0, middle], "code": [middle, end]},
-        "vocab_size": EOT_ID + 1,
-        "eot": EOT_ID,
-        "tokenizer": Path(options.tokenizer).name,
-        "tokenizer_hash": fingerprint(options.tokenizer),
-        "seed": options.seed,
-        "source": options.source,
-        "python": platform.python_version(),
-        "options": {"tokens": options.tokens, "idioms": options.idioms, "val": options.val},
-    }
-    write_all(options.out, {
-        "train.bin": b"".join(ids.tobytes() for ids in train),
-        "val.bin": b"".join(ids.tobytes() for ids in val),
-        "meta.json": (json.dumps(meta, indent=1) + "\n").encode(),
-    })
-    print(f"{options.out}: {total:,} tokens in train.bin ({share['idioms']:.0%} idioms), {end:,} in val.bin; "
-          f"{time.time() - start:.0f} s in all")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: stop(message)  # argparse's own takes more than a line
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the three files (default: this one)")
-    parser.add_argument("--tokens", type=int, default=6_000_000, help="in all (6_000_000)")
-    parser.add_argument("--idioms", type=float, default=0.7, help="share of the tokens that are idioms (0.7)")
-    parser.add_argument("--source", default="stdlib", help="of real code: stdlib, installed, packages or a folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the idioms and the order of documents (0)")
-    parser.add_argument("--val", type=float, default=0.02, help="share of the documents in val.bin (0.02)")
-    parser.add_argument("--tokenizer", type=Path, default=DEFAULT, help=".tiktoken file or published folder")
-    parser.add_argument("--wheels", type=Path, default=HERE / "wheels", help="where packages are kept")
+def main(argv: list[str]) -> int:
+    cfg = parse(PrepareConfig, argv)
     try:
-        prepare(parser.parse_args())
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        stop(str(error))
+        prepare(cfg)
+    except (ValueError, OSError, zipfile.BadZipFile) as e:
+        die(" ".join(str(e).split()))
     except KeyboardInterrupt:
-        stop("interrupted; nothing was written", 130)
-
-
-def stop(message: str, status: int = 2) -> None:
-    print("prepare.py: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(status)
+        print("prepare.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,60 +1,92 @@
-"""Trains the vocabulary: 2047 BPE tokens with the published pattern, half on idioms, half on real code.
+"""Trains the vocabulary: 2047 BPE tokens with the published pattern, half on idioms, half on code.
 
-tokenizer.tiktoken in this directory was made by this script with its defaults under Python 3.11; the same inputs (the
-idioms' seed and the standard library of that version) give the same bytes. Takes about half a minute.
+tokenizer.tiktoken in this directory was made by this script with its defaults under Python 3.11;
+the same inputs (the idioms' seed and the standard library of that version) give the same bytes.
+Takes about half a minute.
 
     pip install -r requirements-extra.txt
-    python data/tinypython/train_tokenizer.py [--out=tokenizer.tiktoken] [--source=stdlib|installed|packages|DIR]
+    python data/tinypython/train_tokenizer.py [--out=tokenizer.tiktoken]
+                                              [--source=stdlib|installed|packages|DIR]
 """
 
-import argparse
 import base64
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from idioms import programs
-from prepare import HERE, read_source, real_code
-from tokenizer import DEFAULT, EOT_ID, PATTERN
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))  # run as a script, from wherever
+
+from config import bounded, die, parse, write_atomic  # noqa: E402
+from data.tinypython.idioms import programs  # noqa: E402
+from data.tinypython.prepare import read_source, real_code  # noqa: E402
+from data.tinypython.tokenizer import DEFAULT, EOT_ID, PATTERN  # noqa: E402
 
 
-def until(texts: Iterable[str], characters: int) -> Iterator[str]:
+@dataclass
+class TokenizerConfig:
+    out: str = str(DEFAULT)
+    source: str = "stdlib"  # of real code, as for prepare.py
+    characters: int = bounded(5_000_000, at_least=1)  # of each part
+    seed: int = 0  # of the idioms
+
+
+def first(texts: Iterable[str], characters: int) -> list[str]:
+    """The first of the texts, until they hold so many characters."""
+    taken = []
     for text in texts:
         if characters <= 0:
-            return
-        yield text
+            break
+        taken.append(text)
         characters -= len(text)
+    return taken
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DEFAULT)
-    parser.add_argument("--source", default="stdlib", help="as for prepare.py")
-    parser.add_argument("--characters", type=int, default=5_000_000, help="of each part")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def new_tokenizer():
+    """One to be trained. It comes first: better to miss the package now than after the reading."""
     try:
         import rustbpe
     except ImportError:
-        sys.exit("train_tokenizer.py: rustbpe is not installed: pip install -r requirements-extra.txt")
+        die("rustbpe is not installed: pip install -r requirements-extra.txt")
+    return rustbpe.Tokenizer()
 
-    code = list(until(real_code(read_source(options.source, HERE / "wheels"), Counter()), options.characters))
-    if not code:
-        sys.exit(f"train_tokenizer.py: --source={options.source}: no Python file that parses; name another source")
-    texts = [*until(programs(options.seed), options.characters), *code]
-    tokenizer = rustbpe.Tokenizer()
+
+def train(tokenizer, texts: list[str]) -> list[tuple[bytes, int]]:
+    """(token, rank) of every token, by rank. ValueError where there is too little text."""
     tokenizer.train_from_iterator(iter(texts), vocab_size=EOT_ID, pattern=PATTERN)
-    ranks = sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    ranks = [(bytes(token), rank) for token, rank in tokenizer.get_mergeable_ranks()]
     if len(ranks) != EOT_ID:
-        sys.exit(f"train_tokenizer.py: too little text for {EOT_ID} tokens (it gave {len(ranks)}); use a larger source")
+        raise ValueError(
+            f"too little text for {EOT_ID} tokens (it gave {len(ranks)}); use a larger source"
+        )
+    return sorted(ranks, key=lambda pair: pair[1])
 
-    temporary = options.out.with_name(f".{options.out.name}.tmp")
-    temporary.write_bytes(b"".join(base64.b64encode(bytes(token)) + b" %d\n" % rank for token, rank in ranks))
-    os.replace(temporary, options.out)
-    print(f"{options.out}: {len(ranks)} tokens from {sum(map(len, texts)):,} characters")
+
+def main(argv: list[str]) -> int:
+    cfg = parse(TokenizerConfig, argv)
+    tokenizer = new_tokenizer()
+
+    def write(file) -> None:
+        for token, rank in ranks:
+            file.write(base64.b64encode(token) + b" %d\n" % rank)
+
+    try:
+        files = read_source(cfg.source, HERE / "wheels")
+        code = first(real_code(files, Counter()), cfg.characters)
+        if not code:
+            raise ValueError(
+                f"--source={cfg.source}: no Python file that parses; name another source"
+            )
+        texts = first(programs(cfg.seed), cfg.characters) + code
+        ranks = train(tokenizer, texts)
+        write_atomic(cfg.out, write)
+    except (ValueError, OSError) as e:
+        die(" ".join(str(e).split()))
+    print(f"{cfg.out}: {len(ranks)} tokens from {sum(map(len, texts)):,} characters")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

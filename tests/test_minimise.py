@@ -1,12 +1,14 @@
-"""search.py: what Search saves changes no result, and what minimise leaves can lose nothing more."""
+"""minimise.py: what Search saves changes no result, and what minimise leaves can lose nothing more."""
 import itertools
 import math
 
 import pytest
 import torch
 
-from circuit import Circuit, ablate, all_edges, calibrate, calibrated, drop_unconnected, loss_of, margins, without_edges
-from search import Search, discretise, has, minimise, parts_of, without
+from circuit import Circuit, ablate, all_edges, drop_unconnected, without_edges
+from minimise import Search, minimise, parts_of, without
+from prune import discretise
+from tasks import calibrate, calibrated, loss_of, margins
 from toy import (EVERY_SITE, all_nodes, as_mask, kept_of, nats, one_thread, parallel_model, plain_margins,  # noqa: F401
                  random_model, scaled, toy_pairs, toy_setup)
 
@@ -119,6 +121,13 @@ def minimal(model, constants, pairs, slack):
     everything = search.fit(all_nodes(model), all_edges(model))
     target = slack * everything.loss
     return everything, minimise(search, everything, target, lambda text: None), target
+
+
+def has(circuit, part):
+    if len(part) == 2:
+        return bool(circuit.mask[part[0]][part[1]])
+    a, b, i, j = part
+    return bool(circuit.edges[a, b][i, j] & circuit.mask[b][i] & circuit.mask[a][j])
 
 
 def loss_without(model, circuit, part, constants, pairs):

@@ -1,4 +1,4 @@
-"""kernels_triton.py by Triton's interpreter, so that no GPU is needed: what a CUDA tensor gets is what the plain functions give.
+"""fast/cuda.py by Triton's interpreter, so that no GPU is needed: what a CUDA tensor gets is what the plain functions give.
 
 Triton comes with the CUDA builds of PyTorch; elsewhere `pip install triton` lets this test run.
 """
@@ -11,37 +11,44 @@ from pathlib import Path
 import pytest
 
 CODE = """
-import math, sys, torch, kernels
+import math, sys, torch, fast, ops
+from fast import cuda
 print("seed", sys.argv[1], file=sys.stderr)
 torch.manual_seed(int(sys.argv[1]))
-triton = kernels._triton()
-kernels._kept = lambda x, k: tuple(z.view(x.shape) for z in triton.abstopk(kernels._rows(x), k))  # what a CUDA tensor gets
+fast._cpu = lambda: None  # so `ops` does all in plain PyTorch, except where `fast.abstopk` is replaced
+plain = fast.abstopk
+
+def of_cuda(x, k):  # what a CUDA tensor gets
+    return tuple(z.view(x.shape) for z in cuda.abstopk(fast._rows(x), k))
+
 for dtype in (torch.float32, torch.bfloat16):
     for shape in ((5, 7), (2, 2, 40)):
         x = torch.randn(shape).to(dtype)
         odd = x.masked_fill(torch.rand(shape) < 0.2, math.inf).masked_fill(torch.rand(shape) < 0.2, 0.0)
         for x in (x, (2 * x).round(), odd, x.mT.contiguous().mT, x[..., : shape[-1] // 2 + 1]):
             for k in {1, x.shape[-1] // 2 + 1, x.shape[-1] - 1, x.shape[-1]} - {0}:
-                want, leaf, grad = kernels._kept_plain(x, k)[1], x.clone().requires_grad_(), torch.randn(x.shape).to(dtype)
-                y = kernels.abstopk(leaf, k)
+                fast.abstopk = plain
+                want, leaf, grad = ops.topk_mask(x, k), x.clone().requires_grad_(), torch.randn(x.shape).to(dtype)
+                fast.abstopk = of_cuda
+                y = ops.abstopk(leaf, k)
                 y.backward(grad)
-                assert torch.equal(kernels.topk_mask(x, k), want), (dtype, shape, k)
+                assert torch.equal(ops.topk_mask(x, k), want), (dtype, shape, k)
                 assert torch.equal(y, torch.where(want, x, 0)) and torch.equal(leaf.grad, torch.where(want, grad, 0)), (dtype, shape, k)
 
-kernels._c = lambda: None  # the plain projection
+fast.abstopk = plain  # and the plain projection
 for shape in ((1, 7), (9, 40)):
     x = torch.randn(shape)
     odd = x.masked_fill(torch.rand(shape) < 0.2, math.inf).masked_fill(torch.rand(shape) < 0.3, 0.0)
     for w in (x, (2 * x).round(), odd, torch.zeros(shape)):
         for k in {1, w.numel() // 3, w.numel()}:
             got, want = w.clone(), w.clone()
-            triton.keep_largest_(got, k, block=64)
-            kernels.keep_largest_(want, k)
+            cuda.keep_largest_(got, k, block=64)
+            ops.keep_largest_(want, k)
             assert torch.equal(got.view(torch.int32), want.view(torch.int32)), (shape, k)
             if k >= 2 * len(w):
-                got, want, top = w.clone(), w.clone(), kernels.topk_mask(w.abs(), 2) & (w != 0)
-                triton.keep_largest_(got, k, top, block=64)
-                kernels.keep_largest_(want, k, 2, 0)
+                got, want, top = w.clone(), w.clone(), ops.topk_mask(w.abs(), 2) & (w != 0)
+                cuda.keep_largest_(got, k, top, block=64)
+                ops.keep_largest_(want, k, 2, 0)
                 assert torch.equal(got.view(torch.int32), want.view(torch.int32)), (shape, k, "protected")
 print("same")
 """

@@ -1,6 +1,6 @@
-"""kernels.py: AbsTopK keeps exactly k, ties low; a sparse product is the dense one; sink attention is softmax with one more logit.
+"""ops.py: AbsTopK keeps exactly k, ties low; a sparse product is the dense one; sink attention is softmax with one more logit.
 
-All of it holds for the plain PyTorch and for kernels.c alike.
+All of it holds for the plain PyTorch and for fast/cpu.c alike.
 """
 import math
 
@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-from kernels import SPARSE, abstopk, keep_largest_, linear, sink_attention, topk_mask
+import fast
+import ops
+from fast import SPARSE
+from ops import abstopk, keep_largest_, linear, sink_attention, topk_mask
 
 pytestmark = pytest.mark.usefixtures("seed", "path")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -19,8 +21,8 @@ SHAPES = [(1,), (7,), (64,), (3, 5), (1, 33), (4, 100), (2, 3, 17), (2, 1, 3, 9)
 @pytest.fixture(params=["c", "plain"])
 def path(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(kernels, "_c", lambda: None)
-    elif kernels._c() is None:
+        monkeypatch.setattr(fast, "_cpu", lambda: None)
+    elif fast._cpu() is None:
         pytest.skip("no C compiler")
 
 
@@ -214,13 +216,13 @@ def test_inputs_that_lie_askew_in_memory_are_fine():
 
 def test_density_and_for_a_weight_that_learns_the_number_of_tokens_decide(monkeypatch):
     used = []
-    monkeypatch.setattr(kernels, "_by_tiles", lambda *_: used.append(1))
+    monkeypatch.setattr(fast, "_by_tiles", lambda *_: used.append(1))
     for tokens, w, learns, skips in ((7, sparse(40, 50, SPARSE + 0.01), False, False), (7, sparse(40, 50), False, True),
                                      (63, sparse(40, 50), True, False), (64, sparse(40, 50), True, True)):
         x, w = torch.randn(tokens, 50), w.requires_grad_(learns)
         used.clear()
         y = linear(x, w)
-        assert bool(used) == (skips and kernels._c() is not None)
+        assert bool(used) == (skips and fast._cpu() is not None)
         assert used or torch.equal(y, F.linear(x, w))
 
 
@@ -285,7 +287,7 @@ def test_a_large_matrix_is_projected_as_the_plain_functions_do(shape, axis, thre
     got, want, k, j = w.clone(), w.clone(), int(0.04 * w.numel()), 0 if axis is None else 3 if shape[1 - axis] > 3 else 1
     j = min(j, k // shape[axis]) if axis is not None else 0
     keep_largest_(got, k, j, axis)
-    monkeypatch.setattr(kernels, "_c", lambda: None)
+    monkeypatch.setattr(fast, "_cpu", lambda: None)
     keep_largest_(want, k, j, axis)
     assert torch.equal(got, want) and got.count_nonzero() == k
 
@@ -301,7 +303,7 @@ def test_counts_that_cannot_be_are_a_value_error(k, j):
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 70), (2, 3, 32), (0, 4)], ids=str)
 def test_a_gate_and_its_gradients_are_as_written_out(shape, threads):
     x, gate, constant = torch.randn(shape, requires_grad=True), torch.randn(shape[-1], requires_grad=True), torch.randn(shape[-1])
-    y, want = kernels.gated(x, gate, constant), gate * x + (1 - gate) * constant
+    y, want = ops.gated(x, gate, constant), gate * x + (1 - gate) * constant
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
     grad = torch.randn(shape)
     for a, b in zip(torch.autograd.grad(y, (x, gate), grad), torch.autograd.grad(want, (x, gate), grad)):
@@ -312,7 +314,7 @@ def test_a_gate_of_any_kind_has_the_gradients_of_its_formula():
     for shapes, dtype in ((((7,), (7,)), torch.float64), (((1,), (7,)), torch.float32), (((7,), (7,)), torch.float32)):
         x, gate, constant = torch.randn(4, 7, dtype=dtype), torch.randn(shapes[0]), torch.randn(shapes[1])
         inputs = [z.requires_grad_() for z in (x, gate, constant)]
-        got, want = kernels.gated(*inputs), gate * x + (1 - gate) * constant
+        got, want = ops.gated(*inputs), gate * x + (1 - gate) * constant
         assert got.dtype == dtype
         for a, b in zip(*(torch.autograd.grad(z.square().sum(), inputs) for z in (got, want))):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -321,13 +323,13 @@ def test_a_gate_of_any_kind_has_the_gradients_of_its_formula():
 def test_an_open_gate_and_a_closed_one_are_exact():
     x, constant = 1e6 * torch.randn(5, 40), 1e-6 * torch.randn(40)
     for gate in (torch.rand(40) < 0.5, (torch.rand(40) < 0.5).float(), (torch.rand(40) < 0.5).float().requires_grad_()):
-        assert torch.equal(kernels.gated(x, gate, constant), torch.where(gate.bool(), x, constant))
+        assert torch.equal(ops.gated(x, gate, constant), torch.where(gate.bool(), x, constant))
 
 
 def test_a_gate_meets_inputs_that_lie_askew_in_memory():
     gate, constant = torch.randn(8, requires_grad=True), torch.randn(8)
     for x in (torch.randn(8, 5).T, torch.randn(5, 24).chunk(3, -1)[1], torch.randn(1, 8).expand(5, 8)):
-        y, want = kernels.gated(x, gate, constant), gate * x + (1 - gate) * constant
+        y, want = ops.gated(x, gate, constant), gate * x + (1 - gate) * constant
         a, b = (torch.autograd.grad(z.square().sum(), gate)[0] for z in (y, want))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,1 @@
+"""Small Python programs and their tokens: generator, tokenizer, preparation."""

@@ -1,0 +1,83 @@
+"""tokens.py: what is read is what is in the file, and an unusable file is one line."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tokens import inputs_and_targets, random_windows, read_data, read_tokens
+
+IDS = np.arange(1000) % 50
+
+
+def put(path, ids=IDS):
+    np.asarray(ids).astype("<u2").tofile(path)
+    return str(path)
+
+
+def folder(path, ids=IDS, **meta):
+    put(path / "train.bin", ids)
+    put(path / "val.bin", ids)
+    meta = {"vocab_size": 50, "val_parts": {"a": [0, 400], "b": [400, 1000]}, **meta}
+    (path / "meta.json").write_text(json.dumps(meta))
+    return str(path)
+
+
+def test_the_ids_of_a_file_are_read_as_they_are(tmp_path):
+    assert (read_tokens(put(tmp_path / "x.bin"), 50) == IDS).all()
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda p: p.unlink(), "missing"),
+    (lambda p: p.write_bytes(b""), "empty"),
+    (lambda p: p.write_bytes(b"abc"), "odd size"),
+    (lambda p: put(p, [3, 50, 4]), "50"),
+])
+def test_an_unusable_file_is_one_line_that_names_it(tmp_path, spoil, said):
+    path = tmp_path / "x.bin"
+    put(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=said) as e:
+        read_tokens(str(path), 50)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_data_come_with_their_parts(tmp_path):
+    train, val, meta = read_data(folder(tmp_path, more="kept"), 16)
+    assert (train == IDS).all() and (val == IDS).all()
+    assert meta["val_parts"] == {"a": (0, 400), "b": (400, 1000)}
+    assert meta["vocab_size"] == 50 and meta["more"] == "kept"
+
+
+def test_a_part_without_room_for_a_window_and_its_target_is_refused(tmp_path):
+    where = folder(tmp_path, val_parts={"a": [0, 17]})
+    read_data(where, 16)
+    with pytest.raises(ValueError, match="block_size 17.*part 'a'"):
+        read_data(where, 17)
+
+
+def test_targets_are_the_next_tokens():
+    x, y = inputs_and_targets(IDS, np.array([3, 60]), 5, "cpu")
+    assert x.tolist() == [[3, 4, 5, 6, 7], [10, 11, 12, 13, 14]] and (y == (x + 1) % 50).all()
+    assert x.dtype == y.dtype == torch.int64
+
+
+def test_random_windows_are_pieces_of_the_file_that_the_seed_decides(tmp_path):
+    path = put(tmp_path / "x.bin")
+    first, again, other = (list(random_windows(path, 50, 10, 700, seed)) for seed in (1, 1, 2))
+    assert [len(b) for b in first] == [32, 32, 6]  # 70 windows
+    for batch in first:
+        assert batch.shape[1] == 10 and ((batch[:, 1:] - batch[:, :-1]) % 50 == 1).all()
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+
+
+def test_every_place_of_a_file_can_be_drawn(tmp_path):
+    path = put(tmp_path / "x.bin", range(12))
+    starts = {int(row[0]) for b in random_windows(path, 12, 10, 1000, 0) for row in b}
+    assert starts == {0, 1, 2}
+
+
+def test_a_file_shorter_than_a_window_is_refused(tmp_path):
+    path = put(tmp_path / "x.bin", range(9))
+    with pytest.raises(ValueError, match="fewer than one block of 10"):
+        next(random_windows(path, 12, 10, 100, 0))

@@ -1,0 +1,131 @@
+"""The one reader of prepared data: train.bin, val.bin (uint16 token ids) and meta.json.
+
+- `read_data`: both files and what meta.json says of them, checked against each other.
+- `inputs_and_targets`: windows for training and evaluation.
+- `random_windows`: a sample of the data, for means and for other references.
+- `bigram_log_probs`: what the next token is if only the current one is known.
+
+What is wrong with a file is a ValueError of one line that says how to get a good one.
+"""
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PREPARE = "run python data/tinypython/prepare.py"
+WINDOWS_A_BATCH = 32  # of `random_windows`: few enough for a large model on a laptop
+
+
+def read_tokens(path: str, vocab_size: int) -> np.ndarray:
+    """The token ids of a file, (n,) uint16, mapped into memory: not read until they are used.
+
+    ValueError where it is missing, empty, cut off or holds an id past the vocabulary.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing; {PREPARE}")
+    size = os.path.getsize(path)
+    if size == 0:
+        raise ValueError(f"{path} is empty; {PREPARE}")
+    if size % 2:
+        raise ValueError(f"{path} has an odd size ({size} bytes), so it is cut off; {PREPARE}")
+    ids = np.memmap(path, dtype="<u2", mode="r")
+    # one look at every token is quick, and embedding such an id would end in a crash far from here
+    if ids.max() >= vocab_size:
+        raise ValueError(
+            f"{path} holds token id {ids.max()}, past the vocabulary of {vocab_size}; "
+            "prepare the data again"
+        )
+    return ids
+
+
+def read_data(folder: str, block_size: int) -> tuple[np.ndarray, np.ndarray, dict]:
+    """train.bin and val.bin, each (n,) uint16, and the content of meta.json.
+
+    Of meta.json are used: `vocab_size`, and `val_parts`, {name: (first token, end)} in val.bin.
+    ValueError where a file is unusable, or where a part has no window of block_size + 1 tokens.
+    """
+    meta = _read_meta(os.path.join(folder, "meta.json"))
+    train = read_tokens(os.path.join(folder, "train.bin"), meta["vocab_size"])
+    val = read_tokens(os.path.join(folder, "val.bin"), meta["vocab_size"])
+
+    _check_length("train.bin", len(train), block_size)
+    for part, (start, end) in meta["val_parts"].items():
+        name = f"val.bin part '{part}'"
+        if not 0 <= start <= end <= len(val):
+            raise ValueError(
+                f"{name} should be tokens {start} to {end}, but the file holds {len(val)}; "
+                "prepare the data again"
+            )
+        _check_length(name, end - start, block_size)
+    return train, val, meta
+
+
+def _read_meta(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        vocab_size = int(meta["vocab_size"])
+        val_parts = {str(name): (int(a), int(b)) for name, (a, b) in meta["val_parts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        # absent, not JSON, a key missing, a value of another kind: the remedy is the same
+        raise ValueError(f"{path} is missing or unusable ({type(e).__name__}); {PREPARE}") from e
+    return meta | {"vocab_size": vocab_size, "val_parts": val_parts}
+
+
+def _check_length(name: str, n_tokens: int, block_size: int) -> None:
+    """A window is block_size inputs and, shifted by one, as many targets."""
+    if n_tokens <= block_size:
+        raise ValueError(
+            f"block_size {block_size} needs more than the {n_tokens} tokens of {name}; "
+            "lower it or prepare more data"
+        )
+
+
+def inputs_and_targets(
+    data: np.ndarray, starts: np.ndarray, block_size: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """Windows of `data` at `starts` (B,), and the same shifted by one: each (B, T) int64."""
+    # one token more than a window, for the last target
+    rows = np.stack([data[s : s + block_size + 1] for s in starts])
+    rows = torch.from_numpy(rows.astype(np.int64)).to(device)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def random_windows(
+    path: str, vocab_size: int, block_size: int, n_tokens: int, seed: int, device: str = "cpu"
+) -> Iterator[Tensor]:
+    """About `n_tokens` tokens of a file as batches (up to 32, block_size) of ids, int64.
+
+    Windows start anywhere and may overlap. ValueError as of `read_tokens`, and where the file is
+    shorter than a window.
+    """
+    data = read_tokens(path, vocab_size)
+    if len(data) < block_size:
+        raise ValueError(
+            f"{path} has {len(data)} tokens, fewer than one block of {block_size}; "
+            "prepare the data again"
+        )
+    # all places are drawn at once, so that a sample does not depend on how it is batched
+    n_windows = max(1, n_tokens // block_size)
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, len(data) - block_size + 1, n_windows)
+    for i in range(0, n_windows, WINDOWS_A_BATCH):
+        rows = np.stack([data[s : s + block_size] for s in starts[i : i + WINDOWS_A_BATCH]])
+        yield torch.from_numpy(rows.astype(np.int64)).to(device)
+
+
+def bigram_log_probs(train: np.ndarray, vocab: int) -> Tensor:
+    """(vocab, vocab): log P(next | current) as counted in `train`, smoothed by the unigram."""
+    piece = 1 << 24  # tokens at a time: the data may not fit in memory as int64
+    counts = np.zeros(vocab * vocab, dtype=np.int64)
+    for i in range(0, len(train) - 1, piece):
+        ids = train[i : i + piece + 1].astype(np.int64)
+        counts += np.bincount(ids[:-1] * vocab + ids[1:], minlength=vocab * vocab)
+    counts = torch.from_numpy(counts).view(vocab, vocab).float()
+    unigram = (counts.sum(0) + 1) / (counts.sum() + vocab)
+    strength = 4.0  # pseudo-counts a row: a pair that was never seen is rare, not impossible
+    smoothed = (counts + strength * unigram) / (counts.sum(1, keepdim=True) + strength)
+    return smoothed.log()
