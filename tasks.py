@@ -37,7 +37,7 @@ class Task:
     name: str
     description: str
     answers: tuple[str, str]  # right tokens of the first and of the second prompt
-    prompts: Callable[[random.Random], tuple[str, str]]
+    prompts: Callable[[random.Random], tuple[str, str]]  # draws a pair
     local: bool = False  # decided by the last eight tokens, whose bare presence may tell the answer
 
 
@@ -78,6 +78,7 @@ def load_pairs(task: Task, tokenizer, n: int, split: str, block_size: int, seed:
                              f"splits it into {len(ids)}")
         answers += ids
 
+    # a generator of its own, so that no other draw anywhere changes the pairs
     rng = random.Random(f"{task.name} {split} {seed}")
     seen = set()
     prompts = []
