@@ -53,8 +53,7 @@ class PruneConfig:
     method: str = one_of("learned", "attribution")  # how nodes are ranked
     ablation: str = one_of("mean", "zero")  # what a node outside the circuit is held at
     minimal: bool = False           # then leave out single nodes and edges until none can go
-    # nats; with minimal: the model without the circuit must lose this much, or a node stays
-    necessity: float = bounded(0.0, at_least=0)
+    necessity: float = bounded(0.0, at_least=0)  # minimal: nats that the model must lose without it
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
     mean_tokens: int = bounded(65536, at_least=1)
     train_pairs: int = bounded(2048, at_least=1)  # mask learning draws from these
@@ -193,11 +192,11 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
         optimizer.zero_grad()
         with torch.no_grad():
             tau.clamp_(-1, 1)
-        if (step + 1) % 25 == 0:
+        if (step + 1) % 25 == 0:  # a line every few seconds
             left = (time.time() - clock) / (step + 1) * (cfg.steps - step - 1)
             say(f"  masks {step + 1}/{cfg.steps}  task loss {loss.item():.3f}  "
                 f"open gates {int(gate.sum())}  {left:.0f} s left")
-    if best is None or mean <= target:
+    if best is None or not mean > target:
         best = tau.detach()
     return best[gates.index]
 
@@ -270,6 +269,7 @@ def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig,
 
     The nodes are ranked once. Where a target cannot be met, the circuit's loss says so.
     """
+    # one tau per node; where the method is attribution, all are equal and the effect decides
     gates = Gates(model, cfg.tie_qk)
     fit_pairs = pairs.take(torch.arange(cfg.fit_pairs, device=pairs.ids.device))
     effect = attribution(model, fit_pairs, constants, gates)
@@ -400,16 +400,12 @@ def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
         # spawned, not forked: a fork would inherit threads of PyTorch that it has not got
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-            return list(pool.map(partial(_in_worker, f, threads), items))
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+        with pool:
+            return list(pool.map(partial(result_or_reason, f), items))
     except BrokenProcessPool:
         die("a process was killed, perhaps for want of memory; what was finished is kept: "
             "run it again with fewer --jobs")
-
-
-def _in_worker(f: Callable, threads: int, item):
-    torch.set_num_threads(threads)
-    return result_or_reason(f, item)
 
 
 def result_or_reason(f: Callable, item):
@@ -450,6 +446,7 @@ def print_table(target: float, rows: dict[str, dict]) -> None:
         print(f"| {task} | {c['unpruned_loss']:.3f} | {c['loss_heldout']:.3f} | {c['n_nodes']} "
               f"| {c['n_edges']} | {c['validation']['necessity']:.2f} |")
     if rows:
+        # a circuit without edges must not make the mean zero
         logs = [math.log(max(1, c["n_edges"])) for c in rows.values()]
         mean = math.exp(sum(logs) / len(logs))
         print(f"geometric mean of edges: {mean:.1f} over {len(rows)} of {len(TASKS)} tasks")

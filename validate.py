@@ -34,7 +34,7 @@ from circuit import (Circuit, Nodes, ablate, alone, circuit_of, inverse, read_ci
 from config import bounded, die, one_of, out_of_bounds, parse
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
-from model import GPT, NodeFn, device_of, weights_hash
+from model import GPT, device_of, weights_hash
 from prune import PruneConfig, constants_of, find, in_processes, result_or_reason
 from tasks import (Pairs, Task, batches_of, calibrate, calibrated, last_logits, load_model,
                    load_pairs, loss_of, margin_of, margins, task_of, unembed_last)

@@ -324,7 +324,7 @@ def test_spoilt_files_are_one_line_exit_2_and_nothing_written(spoil, says, model
 class Here(Executor):
     """A pool of no processes, so that what a test replaces is replaced in the workers too."""
 
-    def __init__(self, jobs, context):
+    def __init__(self, jobs, context, set_threads, threads):
         assert jobs >= 1 and context.get_start_method() == "spawn"
 
     def submit(self, f, *args):

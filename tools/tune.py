@@ -34,8 +34,8 @@ from tasks import TASKS, Pairs, calibrate, calibrated, load_model, load_pairs, l
 # The centres of the paper's own search; these eight are what is searched.
 PAPER = dict(k_coef=1e-4, init_noise_scale=1e-2, init_noise_bias=1e-1, weight_decay=1e-3, lr=3e-3,
              beta2=0.95, warmup=5e-2, heaviside_temp=1.0)
-# What is beyond has no meaning: a gate above 1 is clamped, a share is at most the whole. For beta2
-# this is of 1 - beta2, which is what is searched: 0.95 and 0.995 differ tenfold, not by 5%.
+# What is beyond has no meaning: a gate above 1 is clamped, a share is at most the whole. Of beta2,
+# 1 - beta2 is what is searched and bounded: 0.95 and 0.995 differ tenfold, not by 5%.
 AT_MOST = dict(init_noise_bias=1.0, beta2=1.0, warmup=1.0)
 WIDTH = 10  # the search goes so many times below and above what is given, the default and the paper
 # The score of a circuit above the target is this plus its loss: worse than any circuit that meets
@@ -82,6 +82,7 @@ def score_of(circuits: list[Circuit], targets: tuple[float, ...]) -> float:
             losses.append(circuit.loss if math.isfinite(circuit.loss) else MISSED)
     if losses:
         return MISSED + max(losses)
+    # as the sizes of tasks are averaged (paper 2.2); an empty circuit must not make it zero
     return math.prod(max(1, c.size[1]) for c in circuits) ** (1 / len(circuits))
 
 
@@ -102,6 +103,7 @@ def solved_pairs(cfg: PruneConfig, model: GPT, tokenizer) -> Pairs:
     T = model.config.block_size
     pairs = load_pairs(TASKS[cfg.task], tokenizer, cfg.train_pairs, "train", T, cfg.seed)
     pairs = pairs.to(cfg.device)
+    # calibrated, as its circuits will be
     whole = margins(model, pairs.take(torch.arange(cfg.fit_pairs, device=cfg.device)))
     loss = loss_of(calibrated(whole, *calibrate(whole)))
     target = min(cfg.target_loss)
@@ -136,6 +138,7 @@ def next_trial(study, i: int, given: PruneConfig):
     # seeded by the trial's number, not drawn from one stream: a search that goes on draws the same
     sampler = needs_optuna().samplers.TPESampler(seed=1000 * given.seed + i, constant_liar=False)
     study.sampler = sampler
+    # two starts that are known to be sane, moved into the ranges where they lie outside
     if i < 2:
         start = searched((given, replace(given, **PAPER))[i])
         study.enqueue_trial({k: min(max(v, span[k][0]), span[k][1]) for k, v in start.items()})
@@ -159,6 +162,7 @@ def run_trials(study, done: int, cfg: TuneConfig, given: PruneConfig, run: Calla
         sizes = [f"{c.size[0]} nodes  {c.size[1]} edges  loss {c.loss:.3f}" for c in circuits]
         best = "none" if study.best_value >= MISSED else f"{study.best_value:.4g} edges"
         n = i + 1
+        # by the trials of this call alone: earlier ones took no time of it
         left = (time.time() - clock) / (n - done) * (cfg.trials - n)
         print(f"trial {n}/{cfg.trials}  {'; '.join(sizes)}  best so far {best}  {left:.0f} s left",
               flush=True)
@@ -174,8 +178,9 @@ def tune(cfg: TuneConfig) -> None:
     needs_optuna()
     if cfg.task == "all" or cfg.method != "learned":
         raise ValueError("tuning takes one task, not all, and the learned method")
+    # tuned.toml is a config for prune.py, which knows no --trials
     given = PruneConfig(**{f.name: getattr(cfg, f.name) for f in fields(PruneConfig)})
-    plain = replace(given, minimal=False)
+    plain = replace(given, minimal=False)  # in a trial; tuned.toml has it as given
     folder = os.path.join(cfg.out_dir or cfg.model, cfg.task)
     journal = os.path.join(folder, "tune.journal")
     try:
@@ -194,7 +199,7 @@ def tune(cfg: TuneConfig) -> None:
     except KeyboardInterrupt:
         print(f"\nstopped; the trials that ended are kept in {folder}, "
               "and the same command goes on", file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(130)  # what a shell says of Ctrl-C
     if study.best_value >= MISSED:
         raise ValueError(f"no trial met {min(cfg.target_loss)} nats on {cfg.fit_pairs} training "
                          "pairs; raise --target_loss, or try more trials")
