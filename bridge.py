@@ -13,24 +13,22 @@ Train the dense model with train.py, use the pair with steer.py. Paper sections 
 """
 import json
 import os
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import bounded, die, parse, write_atomic
+from config import as_script, bounded, die, parse, write_atomic
 from model import GPT, device_of, weights_hash
 from ops import abstopk
 from tokens import inputs_and_targets
-from train import (Job, Run, TrainConfig, begin, evaluate, evaluation_text, loop, new_model,
-                   optimizer_of, over_parts)
+from train import (Job, Run, TrainConfig, begin, evaluate, evaluation_text, leave, loop,
+                   new_model, optimizer_of, over_parts)
 
 TERMS = ("nmse_encoder", "nmse_decoder", "kl_sparse", "kl_dense")  # of the loss, at each site
 HYBRIDS = ("dense_to_sparse", "sparse_to_dense")
@@ -285,7 +283,7 @@ def train(cfg: BridgeConfig) -> int:
         net = couple(sparse, cfg.out_dir, cfg.dense, run.device, cfg.bridge_afrac, weights=weights,
                      rows=cfg.bridge_rows // pieces, recompute=cfg.recompute)
     except (ValueError, OSError) as e:
-        die(str(e))
+        die(e)
     # plain Adam for the bridges: eps and decay of the config are made for sparse weights
     group = dict(params=list(net.bridges.parameters()), lr_scale=cfg.bridge_lr / cfg.lr, eps=1e-8,
                  weight_decay=0.0)
@@ -314,13 +312,10 @@ def main(argv: list[str]) -> int:
         measured = measure(net, begin(replace(cfg, block_size=sparse.config.block_size)))
         write_atomic(os.path.join(cfg.out_dir, "bridges.json"), json.dumps(measured).encode())
     except (ValueError, OSError) as e:
-        die(str(e))
+        die(e)
     print(f"{bridge_text(measured)}\n{cfg.out_dir}/bridges.json")
     return 0
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    as_script(main, leave)

@@ -3,12 +3,16 @@
 - `python train.py --config=configs/demo.toml --lr=0.02`: the file first, then the overrides.
 - A field's type is that of its default; its bounds stand beside it: `bounded`, `one_of`.
 - An unknown key, or a value of the wrong type or out of bounds, is one line and exit status 2.
+- `as_script`: how every script starts and ends.
 - `write_atomic`: a file is either the old one or the new one, never half of it.
 """
 import difflib
 import json
 import math
 import os
+import re
+import signal
+import socket
 import sys
 import tempfile
 import tomllib
@@ -26,15 +30,68 @@ TYPE_NAMES = {
 }
 
 
-def die(message: str) -> NoReturn:
-    """Bad input: one line on stderr that says what is wrong and what to do, exit status 2."""
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+def die(message: str | Exception) -> NoReturn:
+    """Bad input: one line on stderr that says what is wrong and what to do, exit status 2.
+
+    Under torchrun each process that fails says so with its rank: data may be missing on one node.
+    """
+    if isinstance(message, BrokenPipeError):  # an OSError, but no bad input: for `as_script`
+        raise message
+    who = os.path.basename(sys.argv[0])
+    if "RANK" in os.environ:
+        who += f", rank {os.environ['RANK']}"
+    print(f"{who}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def as_script(main: Callable[[list[str]], int], leave: Callable[[int], NoReturn] = sys.exit):
+    """The last line of every script: run `main` with the command line, and end as a shell expects.
+
+    Ctrl-C, SIGTERM and a closed terminal are one line and exit status 130, 143 and 129, unless
+    `main` sets handlers of its own, as train.py does. A reader that has gone, as in `| head -1`, is
+    no error of ours.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it cannot show
+    for sig in stop_signals():
+        signal.signal(sig, _stop)
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except Stopped as e:
+        name = os.path.basename(sys.argv[0])
+        print(f"{name}: stopped; what was finished is kept", file=sys.stderr)
+        code = 128 + e.signal
+    except BrokenPipeError:
+        # what is still to be flushed goes nowhere, or Python would complain while it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13  # as if by SIGPIPE, which Python ignores
+    leave(code)
+
+
+def stop_signals() -> list[int]:
+    """Those that ask a process to end, less those that it was started to ignore, as by nohup."""
+    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    return [s for s in known if s is not None and signal.getsignal(s) != signal.SIG_IGN]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks for the end: like Ctrl-C no Exception, so that none takes it for its own."""
+
+    def __init__(self, number: int):
+        self.signal = number
+
+
+def _stop(number, frame):
+    raise Stopped(number)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The one of `names` that `name` was probably meant to be."""
+    names = list(names)
+    initials = "".join(word[:1] for word in name.split("_"))
+    if len(initials) > 1 and initials in names:  # learning_rate means lr
+        return initials
     return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
 
 
@@ -217,7 +274,8 @@ def write_atomic(path: str, content: bytes | Callable) -> None:
     """
     folder = os.path.dirname(path) or "."
     # in the same folder, because a rename is atomic only within one file system
-    fd, tmp = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    prefix = f".{os.path.basename(path)}.{os.getpid()}@{socket.gethostname()}."
+    fd, tmp = tempfile.mkstemp(dir=folder, prefix=prefix)
     try:
         with os.fdopen(fd, "wb") as f:
             if callable(content):
@@ -235,3 +293,17 @@ def write_atomic(path: str, content: bytes | Callable) -> None:
         if isinstance(e, RuntimeError):  # torch.save wraps a failed write
             raise OSError(f"writing {path} failed: {str(e).splitlines()[0]}") from e
         raise
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the temporary files of `write_atomic` whose process was killed on this machine."""
+    for name in os.listdir(folder):
+        made_by = re.fullmatch(r"\..+\.(\d+)@(.+)\.[^.]+", name)
+        if made_by is None or made_by[2] != socket.gethostname():
+            continue
+        try:
+            os.kill(int(made_by[1]), 0)  # signal 0 asks whether it is there
+        except ProcessLookupError:
+            os.unlink(os.path.join(folder, name))
+        except OSError:  # it is there, and another user's
+            pass

@@ -423,7 +423,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: Optional[int] = None, nodes: Optional[NodeFn] = None) -> Tensor:
-        """Extend prompts (B, T) by sampling; temperature 0 takes the likeliest token."""
+        """Extend prompts (B, T) by sampling; temperature 0 takes the likeliest token.
+
+        ValueError for an empty prompt: there is no token whose successor could be drawn.
+        """
+        if idx.shape[1] == 0:
+            raise ValueError("an empty prompt cannot be extended; start with <|endoftext|>")
         for _ in range(max_new_tokens):
             # no cache of keys and values: simple, and `nodes` sees every position each time
             logits = self(idx[:, -self.config.block_size:], nodes=nodes)[0][:, -1]
@@ -485,9 +490,11 @@ class GPT(nn.Module):
         own = self.state_dict()
         given = {}
         for name, tensor in state.items():
-            # prefixes that wrappers of a model leave in the names of its weights
+            # prefixes that wrappers leave in the names, in the order in which they were wrapped
+            while name.startswith(("module.", "_orig_mod.")):
+                name = name.split(".", 1)[1]
             if not name.endswith(".attn.bias"):  # an old causal-mask buffer
-                given[name.removeprefix("module.").removeprefix("_orig_mod.")] = tensor
+                given[name] = tensor
         if "final_logits_bias" not in given:  # absent from some published files
             given["final_logits_bias"] = own["final_logits_bias"]
 

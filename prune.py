@@ -14,14 +14,15 @@
 import json
 import math
 import os
-import sys
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from circuit import (Circuit, Edges, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
                      finish, read_circuit, write_circuit)
-from config import bounded, die, nearest, one_of, parse
+from config import as_script, bounded, die, nearest, one_of, parse
 from minimise import Search, minimise
 from model import GPT, device_of, weights_hash
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, last_logits, load_model, load_pairs,
@@ -395,17 +396,36 @@ def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> l
 def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
     """f of each item, `jobs` processes at a time; in place of a ValueError or OSError, its text.
 
-    Exits with one line where the system kills a process.
+    Exits with one line where the system kills a process. Whatever ends this process, none of the
+    others outlives it.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    # spawned, not forked: a fork would inherit threads of PyTorch that it has not got
+    context = get_context("spawn")
     try:
-        # spawned, not forked: a fork would inherit threads of PyTorch that it has not got
-        pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
-        with pool:
-            return list(pool.map(partial(result_or_reason, f), items))
+        with ProcessPoolExecutor(jobs, context, _begin_worker, (threads, os.getpid())) as pool:
+            try:
+                return list(pool.map(partial(result_or_reason, f), items))
+            except KeyboardInterrupt:  # a signal: do not wait for what takes minutes
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in active_children():
+                    worker.terminate()
+                raise
     except BrokenProcessPool:
         die("a process was killed, perhaps for want of memory; what was finished is kept: "
             "run it again with fewer --jobs")
+
+
+def _begin_worker(threads: int, parent: int) -> None:
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # the parent was killed
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def result_or_reason(f: Callable, item):
@@ -461,9 +481,9 @@ def main(argv: list[str]) -> int:
         else:
             prune_task(cfg, cfg.task)
     except (ValueError, OSError) as e:
-        die(str(e))
+        die(e)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from bridge import Coupled, load_bridged, streams
 from circuit import circuit_of, read_circuit
-from config import bounded, die, nearest, one_of, parse, read_toml, write_atomic
+from config import as_script, bounded, die, nearest, one_of, parse, read_toml, write_atomic
 from model import GPT, device_of, weights_hash
 from tasks import Pairs, last_logits, load_model, load_pairs, margin_of, task_of
 from tokens import random_windows
@@ -417,9 +416,9 @@ def main(argv: list[str]) -> int:
         print(f"\n{folder}/steer.json")
         plot(result, os.path.join(folder, "steer.png"))
     except (ValueError, OSError) as e:
-        die(str(e))
+        die(e)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

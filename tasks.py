@@ -14,8 +14,8 @@ that prompts stand in is data/tinypython/filler.py.
 """
 import hashlib
 import math
+import os
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import bounded, die, nearest, parse
+from config import as_script, bounded, die, nearest, parse, read_toml
 from data.tinypython.filler import (FILES, GROWN, NOUNS, VARIABLES, VERBS, assignment,
                                     bracket_remark, condition, function, grown, if_block, indented,
                                     line, loop_header, number, open_call, own_word, variable,
                                     whole_function, words)
-from data.tinypython.tokenizer import load_tokenizer
+from data.tinypython.tokenizer import load_tokenizer, tokenizer_hash
 from model import GPT
 
 
@@ -120,6 +120,11 @@ def load_model(model_dir: str, tokenizer_path: str, device: str = "cpu"):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{tokenizer_path} has {tokenizer.n_vocab} tokens, the model {model_dir} "
                          f"has {model.config.vocab_size}; give --tokenizer=FILE")
+    run = os.path.join(model_dir, "train.toml")  # a published model has none, and cannot be checked
+    trained_on = read_toml(run).get("tokenizer_hash", "") if os.path.exists(run) else ""
+    if trained_on not in ("", tokenizer_hash(tokenizer_path)):
+        raise ValueError(f"{model_dir} was trained on data of another tokenizer than "
+                         f"{tokenizer_path}; give --tokenizer=FILE")
     return model, tokenizer
 
 
@@ -444,9 +449,9 @@ def main(argv: list[str]) -> int:
         for task in tasks:
             show(task, tokenizer, cfg.seed)
     except (ValueError, OSError) as e:
-        die(str(e))
+        die(e)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

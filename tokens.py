@@ -7,6 +7,7 @@
 
 What is wrong with a file is a ValueError of one line that says how to get a good one.
 """
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ def read_data(folder: str, block_size: int) -> tuple[np.ndarray, np.ndarray, dic
     meta = _read_meta(os.path.join(folder, "meta.json"))
     train = read_tokens(os.path.join(folder, "train.bin"), meta["vocab_size"])
     val = read_tokens(os.path.join(folder, "val.bin"), meta["vocab_size"])
+    _check_count(folder, "train", len(train), meta)
+    _check_count(folder, "val", len(val), meta)
 
     _check_length("train.bin", len(train), block_size)
     for part, (start, end) in meta["val_parts"].items():
@@ -73,6 +76,29 @@ def _read_meta(path: str) -> dict:
         # absent, not JSON, a key missing, a value of another kind: the remedy is the same
         raise ValueError(f"{path} is missing or unusable ({type(e).__name__}); {PREPARE}") from e
     return meta | {"vocab_size": vocab_size, "val_parts": val_parts}
+
+
+def _check_count(folder: str, side: str, n_tokens: int, meta: dict) -> None:
+    """A file that was cut off, or written with integers of another width, has another length."""
+    counts = meta.get("tokens")
+    if counts is None:  # data that another program prepared
+        return
+    try:
+        expected = sum(part[side] for part in counts.values())
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder}/meta.json is unusable ({type(e).__name__}); {PREPARE}") from e
+    if n_tokens != expected:
+        raise ValueError(f"{folder}/{side}.bin holds {n_tokens} uint16 tokens, but meta.json says "
+                         f"{expected}; {PREPARE}")
+
+
+def fingerprint(ids: np.ndarray) -> str:
+    """Tells data from other data without reading all of it: its length and 256 pieces."""
+    starts = np.linspace(0, max(0, len(ids) - 2048), 256).astype(np.int64)
+    digest = hashlib.sha256(str(len(ids)).encode())
+    for start in starts:
+        digest.update(ids[start : start + 2048].tobytes())
+    return digest.hexdigest()
 
 
 def _check_length(name: str, n_tokens: int, block_size: int) -> None:

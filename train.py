@@ -13,13 +13,15 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -29,10 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import bounded, die, one_of, parse, to_toml, write_atomic
+from config import (as_script, bounded, die, one_of, parse, remove_leftovers, stop_signals,
+                    to_toml, write_atomic)
 from model import GPT, SITES, GPTConfig, device_of
 from optim import L0AdamW, clip_rms_, density_at, lr_factor_at, param_groups
-from tokens import bigram_log_probs, inputs_and_targets, read_data
+from tokens import bigram_log_probs, fingerprint, inputs_and_targets, read_data
 
 
 @dataclass
@@ -78,12 +81,17 @@ class TrainConfig:
     eval_interval: int = bounded(250, at_least=1)
     eval_tokens: int = bounded(32768, at_least=1)  # per part of the validation data
     save_interval: int = bounded(250, at_least=1)
+    tokenizer_hash: str = ""  # of the data's tokenizer: filled in, and kept with the run
 
+
+CPP_COMPILERS = ("g++", "clang++", "c++")  # what torch.compile looks for
+# Above so many tokens the counted bigram table takes gigabytes: evaluation then does without.
+LARGEST_TABLE = 8192
 
 # Settings that a resumed run must share with its checkpoint: they shape the weights ...
 SHAPING = (
     "n_layer", "d_model", "n_head", "d_head", "d_mlp", "block_size", "sink", "positions",
-    "d_pos_emb", "bigram", "bridge_afrac",
+    "d_pos_emb", "bigram", "bridge_afrac", "tokenizer_hash",
 )
 # ... and those that it may change and still be the same run.
 FREE = ("resume", "out_dir", "log_interval", "eval_interval", "eval_tokens", "save_interval")
@@ -99,11 +107,16 @@ class Run:
     train: np.ndarray   # token ids, uint16
     val: np.ndarray
     meta: dict
-    bigram: Tensor      # (vocab, vocab), log P(next | current) counted on the training data
+    # (vocab, vocab), log P(next | current) counted on the training data; None if that is too large
+    bigram: Tensor | None
 
     def say(self, text: str) -> None:
-        if self.rank == 0:
+        if self.rank != 0:
+            return
+        try:
             print(text, flush=True)
+        except BrokenPipeError:  # `| head` has had enough; the run, and its log, go on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @property
     def log_path(self) -> str:
@@ -151,7 +164,17 @@ def begin(cfg: TrainConfig) -> Run:
         device = device_of(cfg.device)
         train, val, meta = read_data(cfg.data_dir, cfg.block_size)
     except ValueError as e:
-        die(str(e))
+        die(e)
+    if cfg.bigram == "counts" and meta["vocab_size"] > LARGEST_TABLE:
+        die(f"bigram=counts is for at most {LARGEST_TABLE} tokens, and the data have "
+            f"{meta['vocab_size']}; use --bigram=none")
+    if cfg.compile and device == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
+        die("compile=true needs a C++ compiler; install g++ or clang++, or use --compile=false")
+    hash_of_data = meta.get("tokenizer_hash", "")
+    if cfg.tokenizer_hash not in ("", hash_of_data):
+        die(f"{cfg.data_dir} was made with another tokenizer than this run's data; "
+            "give the right --data_dir, or leave tokenizer_hash out of the config")
+    cfg = replace(cfg, tokenizer_hash=hash_of_data)
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
@@ -159,7 +182,9 @@ def begin(cfg: TrainConfig) -> Run:
         torch.set_float32_matmul_precision("high")  # TF32: products round, weights do not
     # every process draws the same first weights
     torch.manual_seed(cfg.seed)
-    bigram = bigram_log_probs(train, meta["vocab_size"]).to(device)
+    bigram = None
+    if meta["vocab_size"] <= LARGEST_TABLE:
+        bigram = bigram_log_probs(train, meta["vocab_size"]).to(device)
     return Run(cfg, rank, world, device, train, val, meta, bigram)
 
 
@@ -182,7 +207,7 @@ def new_model(run: Run) -> GPT:
     try:
         config = model_config(run.cfg, run.meta["vocab_size"])
     except ValueError as e:
-        die(str(e))
+        die(e)
     model = GPT(config).to(run.device)
     if run.cfg.bigram == "counts":
         model.bigram_table.copy_(run.bigram)
@@ -246,38 +271,43 @@ def evaluate(model: GPT, run: Run) -> dict:
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
         own = model(x, y, nodes=watch)[1].float()
+        if run.bigram is None:
+            return own.unsqueeze(0)
         table = F.cross_entropy(run.bigram[x].flatten(0, 1), y.flatten())
         return torch.stack([own, table])
 
     model.eval()
-    by_part = over_parts(losses, 2, run)
+    by_part = over_parts(losses, 1 if run.bigram is None else 2, run)
     model.train()
     if run.world > 1:
         dist.all_reduce(fired)
-    return {
-        "val_loss": {part: own for part, (own, _) in by_part.items()},
-        "bigram_loss": {part: table for part, (_, table) in by_part.items()},
-        "dead_neurons": (fired == 0).float().mean().item(),
-    }
+    measured = {"val_loss": {part: losses[0] for part, losses in by_part.items()}}
+    if run.bigram is not None:
+        measured["bigram_loss"] = {part: losses[1] for part, losses in by_part.items()}
+    measured["dead_neurons"] = (fired == 0).float().mean().item()
+    return measured
 
 
 def evaluation_text(measured: dict) -> str:
     """What `evaluate` measured, as a line."""
-    tables = measured["bigram_loss"]
-    parts = [
-        f"{part} {own:.3f} (bigram table alone {tables[part]:.3f})"
-        for part, own in measured["val_loss"].items()
-    ]
+    tables = measured.get("bigram_loss", {})
+    parts = []
+    for part, own in measured["val_loss"].items():
+        parts.append(f"{part} {own:.3f}")
+        if part in tables:
+            parts[-1] += f" (bigram table alone {tables[part]:.3f})"
     dead = measured["dead_neurons"]
     return f"  validation, nats per token: {'; '.join(parts)}; dead neurons {dead:.1%}"
 
 
 # --- checkpoints -----------------------------------------------------------------------------
 
-def save(cfg: TrainConfig, job: Job, step: int) -> None:
+def save(run: Run, job: Job, step: int) -> None:
     """The run directory. state.pt comes first and is complete in itself, so a kill between two
     files leaves a run that resumes. On a full disk the old files stay: one line, exit status 2."""
+    cfg = run.cfg
     state = {"step": step, "config": asdict(cfg), "optimizer": job.optimizer.state_dict()}
+    state["data"] = fingerprint(run.train)
     for name, module in job.modules.items():
         state[name] = module.state_dict()
     try:
@@ -302,11 +332,12 @@ def script_of(cfg: TrainConfig) -> str:
     return os.path.basename(sys.modules[type(cfg).__module__].__file__)
 
 
-def load_state(cfg: TrainConfig, device: str, names: Iterable[str]) -> dict | None:
+def load_state(run: Run, names: Iterable[str]) -> dict | None:
     """The state to go on from, or None to start anew. Exits if it is not a state of this run.
 
     names: of the modules that it must hold.
     """
+    cfg = run.cfg
     path = os.path.join(cfg.out_dir, "state.pt")
     if not os.path.exists(path):
         return None
@@ -314,7 +345,7 @@ def load_state(cfg: TrainConfig, device: str, names: Iterable[str]) -> dict | No
         die(f"{cfg.out_dir} already holds a run; go on with --resume=true, or in another --out_dir")
     kinds = {"step": int, "config": dict, "optimizer": dict, **dict.fromkeys(names, dict)}
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=run.device, weights_only=True)
         whole = all(isinstance(state.get(key), kind) for key, kind in kinds.items())
     except Exception:  # torch.load raises many kinds on a truncated or foreign file
         whole = False
@@ -323,22 +354,25 @@ def load_state(cfg: TrainConfig, device: str, names: Iterable[str]) -> dict | No
 
     # Another shape cannot go on with these weights. Another learning rate, say, can, and may be
     # wanted; but then it is no longer the run that never stopped.
-    old = state["config"]
     new = asdict(cfg)
+    old = {"tokenizer_hash": cfg.tokenizer_hash} | state["config"]  # older runs do not have it
     for key in SHAPING:
         if key in new and old.get(key) != new[key]:
             die(f"cannot resume: {path} has {key} {old.get(key)}, this run {new[key]}; "
                 "use the same, or another --out_dir")
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
-    if changed:
-        changes = ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in changed)
-        print(f"note: changed since the checkpoint, so not the same run any more: {changes}")
+    changes = [f"{key} {old.get(key)} -> {new[key]}" for key in changed]
+    if state.get("data", fingerprint(run.train)) != fingerprint(run.train):
+        changes.append(f"the tokens in {cfg.data_dir}/train.bin")
+    if changes:
+        run.say("note: changed since the checkpoint, so not the same run any more: "
+                + ", ".join(changes))
     return state
 
 
 def restore(run: Run, job: Job) -> int:
     """Put modules and optimizer where the checkpoint left them. Returns the steps done, or 0."""
-    state = load_state(run.cfg, run.device, job.modules)
+    state = load_state(run, job.modules)
     if state is None:
         return 0
     # the tensors of `state` are copied from, not kept: they are gone when this function returns
@@ -361,13 +395,19 @@ def restore(run: Run, job: Job) -> int:
 
 
 def trim_log(path: str, step: int) -> None:
-    """Drop what was logged after the checkpoint, and a line that a kill cut off."""
+    """Drop what was logged after the checkpoint, and lines that a kill or a crash left broken."""
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as f:
-        whole = [line for line in f if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    write_atomic(path, "".join(kept).encode())
+    kept = []
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                logged = json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):  # cut off, blank, zeros, not UTF-8
+                continue
+            if logged and line.endswith(b"\n"):
+                kept.append(line)
+    write_atomic(path, b"".join(kept))
 
 
 def prepare_directory(run: Run, start: int) -> None:
@@ -375,6 +415,7 @@ def prepare_directory(run: Run, start: int) -> None:
     cfg = run.cfg
     try:
         os.makedirs(cfg.out_dir, exist_ok=True)
+        remove_leftovers(cfg.out_dir)
         write_atomic(os.path.join(cfg.out_dir, "train.toml"), to_toml(cfg).encode())
         trim_log(run.log_path, start)
     except OSError as e:
@@ -413,14 +454,14 @@ def for_this_machine(run: Run, net: nn.Module) -> nn.Module:
 
 
 def catch_signals() -> list[int]:
-    """From now on Ctrl-C and SIGTERM only append their number to this list."""
+    """From now on Ctrl-C, SIGTERM and SIGHUP only append their number to this list."""
     caught = []
 
     # a step is never broken off: the loop looks at the list between steps
     def remember(number, frame):
         caught.append(number)
 
-    for sig in (signal.SIGINT, signal.SIGTERM):
+    for sig in stop_signals():
         signal.signal(sig, remember)
     return caught
 
@@ -551,7 +592,7 @@ def loop(run: Run, job: Job) -> int:
             report(run, job, entry, evaluating)
             clock, clock_step = time.time(), done
         if saving and run.rank == 0:
-            save(cfg, job, done)
+            save(run, job, done)
         if stop and not final:
             say_how_to_go_on(run, done)
             return 128 + stop
@@ -567,8 +608,17 @@ def main(argv: list[str]) -> int:
     return loop(run, job)
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def leave(code: int) -> NoReturn:
+    """End this process. Of several, all wait for each other and then go at once: while Python takes
+    itself down, a thread of gloo's may still be there, and would abort a run that is finished."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if code < 128:  # a signal may have reached this process alone
+            dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    as_script(main, leave)

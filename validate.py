@@ -31,7 +31,7 @@ from torch import Tensor
 
 from circuit import (Circuit, Nodes, ablate, alone, circuit_of, inverse, read_circuit,
                      without_edges, write_circuit)
-from config import bounded, die, one_of, out_of_bounds, parse
+from config import as_script, bounded, die, one_of, out_of_bounds, parse
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
 from model import GPT, device_of, weights_hash
@@ -660,9 +660,9 @@ def main(argv: list[str]) -> int:
         if paths:
             return validate_all(cfg, paths)
     except (ValueError, OSError) as e:
-        die(str(e))
+        die(e)
     die(f"no {cfg.circuit}/*/circuit.json; prune.py writes them")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

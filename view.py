@@ -20,11 +20,10 @@ import argparse
 import html
 import json
 import re
-import sys
 from pathlib import Path
 
 from circuit import read_circuit
-from config import die, write_atomic
+from config import as_script, die, write_atomic
 
 PAGE = Path(__file__).with_name("view.html")
 
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> int:
     except OSError as e:
         die(f"cannot read {args.circuit}: {e.strerror}; give the circuit.json that prune.py wrote")
     except ValueError as e:
-        die(str(e))
+        die(e)
 
     out = args.out or args.circuit.with_suffix(".html")
     if out.resolve() == args.circuit.resolve():
@@ -108,4 +107,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

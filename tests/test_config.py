@@ -339,3 +339,11 @@ def test_the_files_values_have_the_same_bounds(tmp_path, capsys):
 def test_write_atomic_takes_bytes(tmp_path):
     write_atomic(str(tmp_path / "a"), b"new")
     assert (tmp_path / "a").read_bytes() == b"new" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_long_name_of_a_short_key_is_understood(capsys):
+    @dataclass
+    class Rates:
+        lr: float = 0.1
+        eval_interval: int = 3
+    assert "'lr'" in refused(capsys, ["--learning_rate=1"], Rates)

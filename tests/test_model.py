@@ -560,3 +560,15 @@ def test_the_compiled_model_gives_the_logits_of_the_eager_one():
     idx = tokens(model)
     with torch.no_grad():
         close(torch.compile(model)(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_prompt_cannot_be_extended():
+    with pytest.raises(ValueError, match="empty prompt"):
+        build().generate(torch.zeros(1, 0, dtype=torch.long), 3)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_under_the_prefixes_of_wrappers_are_understood(prefix):
+    model, other = build(), build()
+    other.load_weights({prefix + name: p for name, p in model.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))

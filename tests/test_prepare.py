@@ -20,6 +20,7 @@ import pytest
 from data.tinypython.idioms import programs
 from data.tinypython.prepare import real_code
 from data.tinypython.tokenizer import DEFAULT, EOT, EOT_ID, load_tokenizer
+from tokens import read_data
 
 ROOT = Path(__file__).resolve().parent.parent / "data" / "tinypython"
 
@@ -316,11 +317,14 @@ def test_a_source_that_runs_out_is_said_and_the_share_is_the_true_one(source, tm
     assert meta["share"]["code"] < 0.4
 
 
-def test_val_0_and_one_part_alone_are_possible(source, tmp_path):
-    meta = prepare(tmp_path, f"--source={source}", "--tokens=3_000", "--idioms=0", "--val=0")
-    assert meta["tokens"]["idioms"] == {"train": 0, "val": 0}
-    assert meta["share"] == {"idioms": 0, "code": 1}
-    assert (tmp_path / "val.bin").read_bytes() == b""
+@pytest.mark.parametrize("share, part", [(0, "code"), (1, "idioms")])
+def test_one_part_alone_is_what_training_takes(source, tmp_path, share, part):
+    meta = prepare(tmp_path, f"--source={source}", "--tokens=3_000", f"--idioms={share}", "--val=0.2")
+    other, = {"idioms", "code"} - {part}
+    assert meta["tokens"][other] == {"train": 0, "val": 0}
+    assert meta["share"] == {part: 1, other: 0} and meta["val_parts"].keys() == {part}
+    train, val, again = read_data(str(tmp_path), 16)
+    assert len(train) == meta["tokens"][part]["train"] and again["val_parts"] == {part: (0, len(val))}
 
 
 @pytest.mark.parametrize("option, says", [
@@ -330,7 +334,8 @@ def test_val_0_and_one_part_alone_are_possible(source, tmp_path):
     ("--idioms=1.5", "idioms must be at least 0 and at most 1, not 1.5"),
     ("--idioms=nan", "idioms must"),
     ("--idioms=-0.1", "idioms must"),
-    ("--val=1", "val must be at least 0 and below 1, not 1.0"),
+    ("--val=1", "val must be above 0 and below 1, not 1.0"),
+    ("--val=0", "val must be above 0 and below 1, not 0.0"),
     ("--val=-1", "val must"),
     ("--source=nowhere", "nowhere"),
     ("--tokenizer=nowhere", "nowhere"),

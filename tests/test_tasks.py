@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from data.tinypython.filler import FILES
-from data.tinypython.tokenizer import EOT_ID, load_tokenizer
+from data.tinypython.tokenizer import DEFAULT, EOT_ID, load_tokenizer, tokenizer_hash
 from model import GPT, GPTConfig
-from tasks import TASKS, Pairs, Task, last_logits, load_pairs, main, task_loss
+from tasks import TASKS, Pairs, Task, last_logits, load_model, load_pairs, main, task_loss
 
 BLOCK = 128
 NAMES = """single_double_quote bracket_counting set_or_string set_or_string_fixedvarname final_kwarg class_init with_as
@@ -467,3 +467,16 @@ def refused(argv: list[str], says: str, capsys) -> None:
         main(argv)
     err = capsys.readouterr().err
     assert exit.value.code == 2 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line, fits", [("", True), ('tokenizer_hash = ""', True), (f'tokenizer_hash = "{tokenizer_hash()}"', True),
+                                        ('tokenizer_hash = "abc"', False)])
+def test_a_model_trained_on_another_tokenizers_data_is_refused(tmp_path, line, fits):
+    GPT(GPTConfig(vocab_size=2048, block_size=8, n_layer=1, n_head=1, d_head=8, d_model=8, tied_unembed=False)).save(str(tmp_path))
+    load_model(str(tmp_path), str(DEFAULT))  # a published model says nothing of it
+    (tmp_path / "train.toml").write_text(f"seed = 1\n{line}\n")
+    if fits:
+        load_model(str(tmp_path), str(DEFAULT))
+    else:
+        with pytest.raises(ValueError, match="another tokenizer"):
+            load_model(str(tmp_path), str(DEFAULT))

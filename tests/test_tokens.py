@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokens import inputs_and_targets, random_windows, read_data, read_tokens
+from tokens import fingerprint, inputs_and_targets, random_windows, read_data, read_tokens
 
 IDS = np.arange(1000) % 50
 
@@ -81,3 +81,23 @@ def test_a_file_shorter_than_a_window_is_refused(tmp_path):
     path = put(tmp_path / "x.bin", range(9))
     with pytest.raises(ValueError, match="fewer than one block of 10"):
         next(random_windows(path, 12, 10, 100, 0))
+
+
+def test_a_file_whose_length_is_not_that_of_the_meta_data_is_refused(tmp_path):
+    counts = {"a": {"train": 600, "val": 400}, "b": {"train": 400, "val": 600}}
+    where = folder(tmp_path, tokens=counts)
+    read_data(where, 16)
+    put(tmp_path / "train.bin", IDS[:500])  # cut off
+    with pytest.raises(ValueError, match="500 .*1000"):
+        read_data(where, 16)
+    IDS.astype("<u4").tofile(tmp_path / "train.bin")  # of another type: every second number is a zero
+    with pytest.raises(ValueError, match="2000 .*1000"):
+        read_data(where, 16)
+
+
+def test_a_fingerprint_tells_data_apart():
+    long = np.arange(3_000_000, dtype="<u2")
+    other = long.copy()
+    other[1_000_000:1_020_000] = 0
+    assert fingerprint(long) == fingerprint(long.copy()) != fingerprint(other)
+    assert len({fingerprint(long[:n]) for n in (0, 1, 2047, 2049, 2_999_999)}) == 5

@@ -879,3 +879,83 @@ def test_a_disk_full_while_logging_ends_the_run_like_one_while_saving(data, run_
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "No space left" in err
     assert ((run_copy / "state.pt").read_bytes(), (run_copy / "final_model.pt").read_bytes()) == before
+
+
+# --- faults found by use ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("broken", [b"\x00\x00\x00\n", b"\n", b"caf\xe9\n", b"[1]\n", b'{"step": "two"}\n', b"\x00" * 5000])
+def test_a_broken_line_in_the_log_does_not_keep_a_run_from_going_on(data, straight, run_copy, broken):
+    lines = (run_copy / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (run_copy / "log.jsonl").write_bytes(b"".join([*lines[:3], broken, b"\n" * (broken[-1:] != b"\n"), *lines[3:]]))
+    assert train.main(argv(data, run_copy, resume=True)) == 0
+    assert_same_run(run_copy, straight)
+
+
+def test_a_vocabulary_too_large_for_a_bigram_table_is_evaluated_without_one(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "LARGEST_TABLE", VOCAB - 1)
+    monkeypatch.setattr(train, "bigram_log_probs", None)  # it is not counted
+    assert train.main(argv(data, tmp_path / "run", bigram="none")) == 0
+    assert "val_loss" in log(tmp_path / "run")[-1] and "bigram_loss" not in log(tmp_path / "run")[-1]
+    assert "bigram table" not in capsys.readouterr().out
+    assert_refused(capsys, tmp_path, argv(data, tmp_path / "other", bigram="counts"), "bigram")
+
+
+def test_data_prepared_anew_in_place_are_noticed_at_resume(tmp_path, capsys):
+    data, out = write_data(tmp_path / "data"), tmp_path / "run"
+    assert train.main(argv(data, out)) == 0
+    assert train.main(argv(data, out, resume=True, max_steps=12)) == 0
+    assert "note" not in capsys.readouterr().out
+    stream = np.fromfile(data / "train.bin", "<u2")
+    stream[::-1].tofile(data / "train.bin")
+    assert train.main(argv(data, out, resume=True, max_steps=12)) == 0
+    assert "not the same run any more: the tokens in" in capsys.readouterr().out
+
+
+def test_files_that_killed_runs_left_are_removed_and_those_of_others_are_not(data, run_copy):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    gone = [run_copy / f".state.pt.{dead.pid}@{host}.abc", run_copy / f".final_model.pt.{dead.pid}@{host}.x_y"]
+    kept = [run_copy / f".state.pt.{os.getpid()}@{host}.abc", run_copy / f".state.pt.{dead.pid}@elsewhere.abc", run_copy / ".notes.abc"]
+    for path in gone + kept:
+        path.write_text("x")
+    assert train.main(argv(data, run_copy, resume=True)) == 0
+    assert not any(p.exists() for p in gone) and all(p.exists() for p in kept)
+
+
+def test_training_into_a_closed_pipe_goes_on_to_the_end(data, straight, tmp_path):
+    out = tmp_path / "run"
+    command = shlex.join([sys.executable, "train.py", *argv(data, out)])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -n 1"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr and done.stdout.count("\n") == 1
+    assert_same_run(out, straight)
+
+
+def test_compiling_without_a_compiler_is_refused(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert_refused(capsys, tmp_path, argv(data, tmp_path / "out", compile=True), "C++ compiler")
+
+
+def test_each_process_that_fails_says_so_with_its_rank(tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "train.bin").unlink()
+    done = subprocess.run([sys.executable, "train.py", *argv(data, tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "rank 1" in done.stderr and "train.bin is missing" in done.stderr
+
+
+def test_a_run_keeps_the_hash_of_its_tokenizer_and_does_not_go_on_with_another(tmp_path, capsys):
+    data, out = write_data(tmp_path / "data"), tmp_path / "run"
+    assert train.main(argv(data, out)) == 0  # data of another program, without a hash
+    old = state(out)
+    del old["config"]["tokenizer_hash"]  # as runs had it before
+    torch.save(old, out / "state.pt")
+    change_meta(tokenizer_hash="abc")(data)
+    assert train.main(argv(data, out, resume=True)) == 0
+    assert 'tokenizer_hash = "abc"' in (out / "train.toml").read_text()
+    again = ["--resume=true", f"--config={out}/train.toml"]
+    assert train.main(again) == 0
+    change_meta(tokenizer_hash="xyz")(data)
+    assert_refused(capsys, tmp_path, again, "another tokenizer")

@@ -16,7 +16,6 @@ repetitions. Options are those of train.py.
 
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import fast
-from config import die, parse
+from config import as_script, die, parse
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT, device_of
 from ops import abstopk, linear
@@ -243,7 +242,7 @@ def main(argv: list[str]) -> int:
         device = device_of(cfg.device)
         model_config(cfg, VOCAB)
     except ValueError as e:
-        die(str(e))
+        die(e)
 
     name = f"{torch.get_num_threads()} CPU threads"
     if device == "cuda":
@@ -269,4 +268,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 
 from circuit import Circuit
-from config import bounded, die, parse, to_toml, write_atomic
+from config import as_script, bounded, die, parse, to_toml, write_atomic
 from model import GPT, weights_hash
 from prune import PruneConfig, check_prune, constants_of, find
 from tasks import TASKS, Pairs, calibrate, calibrated, load_model, load_pairs, loss_of, margins
@@ -224,9 +224,9 @@ def main(argv: list[str]) -> int:
         check_prune(cfg)
         tune(cfg)
     except (ValueError, OSError) as e:
-        die(str(e))
+        die(e)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

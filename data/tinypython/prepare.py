@@ -38,9 +38,10 @@ import tiktoken
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # run as a script, from wherever
 
-from config import bounded, die, parse  # noqa: E402
+from config import as_script, bounded, die, parse  # noqa: E402
 from data.tinypython.idioms import programs  # noqa: E402
-from data.tinypython.tokenizer import DEFAULT, EOT_ID, load_tokenizer  # noqa: E402
+from data.tinypython.tokenizer import (  # noqa: E402
+    DEFAULT, EOT_ID, load_tokenizer, tokenizer_hash)
 
 THREADS = 2  # of the tokenizer: any machine has two cores
 BATCH = 64  # documents that are tokenized at once
@@ -53,7 +54,7 @@ class PrepareConfig:
     idioms: float = bounded(0.7, at_least=0, at_most=1)  # their share of the tokens
     source: str = "stdlib"  # of real code: stdlib, installed, packages or a folder
     seed: int = 0  # of the idioms and of the order of documents
-    val: float = bounded(0.02, at_least=0, below=1)  # share of the documents in val.bin
+    val: float = bounded(0.02, above=0, below=1)  # share of the documents in val.bin
     tokenizer: str = str(DEFAULT)  # a .tiktoken file, or a folder in the published format
     wheels: str = str(HERE / "wheels")  # where the packages are kept
 
@@ -328,30 +329,27 @@ def describe(cfg: PrepareConfig, idioms: dict, code: dict) -> dict:
         documents[part] = {side: len(docs) for side, docs in sides.items()}
         tokens[part] = {side: sum(map(len, docs)) for side, docs in sides.items()}
     total = tokens["idioms"]["train"] + tokens["code"]["train"]
-    middle = tokens["idioms"]["val"]
-    end = middle + tokens["code"]["val"]
+    val_parts = {}
+    start = 0
+    for part in parts:
+        end = start + tokens[part]["val"]
+        if end > start:  # with --idioms=0 or 1 there is one part
+            val_parts[part] = [start, end]
+        start = end
     return {
         "documents": documents,
         "tokens": tokens,
         "share": {part: round(tokens[part]["train"] / total, 4) for part in parts},
-        "val_parts": {"idioms": [0, middle], "code": [middle, end]},
+        "val_parts": val_parts,
         "vocab_size": EOT_ID + 1,
         "eot": EOT_ID,
         "tokenizer": Path(cfg.tokenizer).name,
-        "tokenizer_hash": fingerprint(Path(cfg.tokenizer)),
+        "tokenizer_hash": tokenizer_hash(cfg.tokenizer),
         "seed": cfg.seed,
         "source": cfg.source,
         "python": platform.python_version(),
         "options": {"tokens": cfg.tokens, "idioms": cfg.idioms, "val": cfg.val},
     }
-
-
-def fingerprint(tokenizer: Path) -> str:
-    """sha256 of the file or, of a published folder, of its two files."""
-    files = [tokenizer]
-    if tokenizer.is_dir():
-        files = [tokenizer / "encoder.json", tokenizer / "vocab.bpe"]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def write_all(out: Path, files: dict[str, bytes]) -> None:
@@ -387,4 +385,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)

@@ -5,6 +5,7 @@ path alone: after a retraining it would silently go on giving the old vocabulary
 """
 
 import base64
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -40,6 +41,13 @@ def load_tokenizer(path: str | os.PathLike = DEFAULT) -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "tinypython", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: EOT_ID}
     )
+
+
+def tokenizer_hash(path: str | os.PathLike = DEFAULT) -> str:
+    """sha256 of the file or, of a published directory, of its two files."""
+    path = Path(path)
+    files = [path / "encoder.json", path / "vocab.bpe"] if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def check_ranks(ranks: dict[bytes, int]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # run as a script, from wherever
 
-from config import bounded, die, parse, write_atomic  # noqa: E402
+from config import as_script, bounded, die, parse, write_atomic  # noqa: E402
 from data.tinypython.idioms import programs  # noqa: E402
 from data.tinypython.prepare import read_source, real_code  # noqa: E402
 from data.tinypython.tokenizer import DEFAULT, EOT_ID, PATTERN  # noqa: E402
@@ -89,4 +89,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_script(main)
