@@ -41,7 +41,7 @@ $(DATA)/meta.json: | .venv/ready
 
 # state.pt exists long before training is done: --resume goes on where it stopped, and `finished` marks the end
 $(OUT)/finished: $(DATA)/meta.json
-	@echo "== 2/4 train configs/demo.toml (about 6 minutes on 2 cores; Ctrl-C saves, make demo goes on)"
+	@echo "== 2/4 train configs/demo.toml (5 to 10 minutes on 2 cores; Ctrl-C saves, make demo goes on)"
 	$(PY) train.py --config=configs/demo.toml --out_dir=$(OUT) --resume=true
 	@touch $@
 
