@@ -362,7 +362,8 @@ def load_state(run: Run, names: Iterable[str]) -> dict | None:
                 "use the same, or another --out_dir")
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
     changes = [f"{key} {old.get(key)} -> {new[key]}" for key in changed]
-    if state.get("data", fingerprint(run.train)) != fingerprint(run.train):
+    data = fingerprint(run.train)
+    if state.get("data", data) != data:  # older checkpoints have none
         changes.append(f"the tokens in {cfg.data_dir}/train.bin")
     if changes:
         run.say("note: changed since the checkpoint, so not the same run any more: "

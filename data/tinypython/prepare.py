@@ -378,9 +378,6 @@ def main(argv: list[str]) -> int:
         prepare(cfg)
     except (ValueError, OSError, zipfile.BadZipFile) as e:
         die(" ".join(str(e).split()))
-    except KeyboardInterrupt:
-        print("prepare.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
     return 0
 
 
