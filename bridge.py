@@ -16,6 +16,9 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, bounded, die, parse, write_atomic
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -23,10 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import as_script, bounded, die, parse, write_atomic
 from model import GPT, device_of, weights_hash
 from ops import abstopk
-from tokens import inputs_and_targets
+from tokens import inputs_and_targets, tokenizer_of
 from train import (Job, Run, TrainConfig, begin, evaluate, evaluation_text, leave, loop,
                    new_model, optimizer_of, over_parts)
 
@@ -167,11 +169,17 @@ class Coupled(nn.Module):
         return (loss.detach(), terms.detach()), loss + (terms * self.weights).sum()
 
 
-def couple(sparse: GPT, run_dir: str, dense_dir: str, device: str, afrac=1.0, **loss) -> Coupled:
-    """The sparse model of run_dir, the dense one of dense_dir and new bridges; `loss`: Coupled's
-    options. ValueError or OSError, in one line, where the two cannot be coupled."""
+def couple(sparse: GPT, run_dir: str, dense_dir: str, device: str, tokenizer: str, afrac=1.0,
+           **loss) -> Coupled:
+    """The sparse model of run_dir, the dense one of dense_dir and new bridges. tokenizer: the hash
+    of the sparse model's, "" if unknown; `loss`: Coupled's options. ValueError or OSError, in one
+    line, where the two cannot be coupled."""
     if os.path.realpath(dense_dir) == os.path.realpath(run_dir):
         raise ValueError(f"out_dir and dense are both {dense_dir}; dense must stay as it is")
+    of_dense = tokenizer_of(dense_dir)
+    if "" not in (of_dense, tokenizer) and of_dense != tokenizer:
+        raise ValueError(f"the dense model {dense_dir} was trained on data of another tokenizer "
+                         "than the sparse one; train both on the same data_dir")
     dense = GPT.load(dense_dir, device)
     d, s = dense.config, sparse.config
     for name in ("n_layer", "vocab_size"):  # else sites or logits have no partner
@@ -191,7 +199,8 @@ def load_bridged(run_dir: str, dense_dir: str, sparse: GPT, device: str) -> Coup
     path = os.path.join(run_dir, "bridges.pt")
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}; first train it: python bridge.py --config=...")
-    net = couple(sparse, run_dir, dense_dir, device)  # the bridges' k comes with their weights
+    # the bridges' k comes with their weights
+    net = couple(sparse, run_dir, dense_dir, device, tokenizer_of(run_dir))
     try:
         net.bridges.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:  # torch.load raises many kinds on a truncated or foreign file
@@ -280,8 +289,9 @@ def train(cfg: BridgeConfig) -> int:
     sparse = new_model(run)
     weights = [getattr(cfg, f"w_{term}") for term in TERMS]
     try:
-        net = couple(sparse, cfg.out_dir, cfg.dense, run.device, cfg.bridge_afrac, weights=weights,
-                     rows=cfg.bridge_rows // pieces, recompute=cfg.recompute)
+        net = couple(sparse, cfg.out_dir, cfg.dense, run.device, run.cfg.tokenizer_hash,
+                     cfg.bridge_afrac, weights=weights, rows=cfg.bridge_rows // pieces,
+                     recompute=cfg.recompute)
     except (ValueError, OSError) as e:
         die(e)
     # plain Adam for the bridges: eps and decay of the config are made for sparse weights

@@ -29,6 +29,14 @@ TYPE_NAMES = {
     tuple: "a number or several",
 }
 
+# How long a thread of PyTorch spins while it waits for the others of its parallel loop, in turns,
+# before it sleeps. By default libgomp goes on for milliseconds, which leaves a third of the speed
+# where another process wants a core; below a thousand turns, threads fall asleep between loops.
+# libgomp reads it once, while PyTorch loads: scripts import this file first.
+SPIN = "1000"
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
+
 
 def die(message: str | Exception) -> NoReturn:
     """Bad input: one line on stderr that says what is wrong and what to do, exit status 2.

@@ -24,13 +24,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import active_children, get_context
 
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, bounded, die, nearest, one_of, parse
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from circuit import (Circuit, Edges, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
                      finish, read_circuit, write_circuit)
-from config import as_script, bounded, die, nearest, one_of, parse
 from minimise import Search, minimise
 from model import GPT, device_of, weights_hash
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, last_logits, load_model, load_pairs,

@@ -19,13 +19,15 @@ import shlex
 from dataclasses import dataclass
 from functools import partial
 
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, bounded, die, nearest, one_of, parse, read_toml, write_atomic
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bridge import Coupled, load_bridged, streams
 from circuit import circuit_of, read_circuit
-from config import as_script, bounded, die, nearest, one_of, parse, read_toml, write_atomic
 from model import GPT, device_of, weights_hash
 from tasks import Pairs, last_logits, load_model, load_pairs, margin_of, task_of
 from tokens import random_windows

@@ -14,22 +14,21 @@ that prompts stand in is data/tinypython/filler.py.
 """
 import hashlib
 import math
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, bounded, die, nearest, parse
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import as_script, bounded, die, nearest, parse, read_toml
-from data.tinypython.filler import (FILES, GROWN, NOUNS, VARIABLES, VERBS, assignment,
-                                    bracket_remark, condition, function, grown, if_block, indented,
-                                    line, loop_header, number, open_call, own_word, variable,
-                                    whole_function, words)
+from data.tinypython import templates
 from data.tinypython.tokenizer import load_tokenizer, tokenizer_hash
 from model import GPT
+from tokens import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,11 @@ class Pairs:
 
     def to(self, device) -> "Pairs":
         return Pairs(*(t.to(device) for t in (self.ids, self.last, self.answer, self.wrong)))
+
+
+def answer_ids(pairs: Pairs) -> list[int]:
+    """The distinct token ids that the pairs ask for, ascending; two, where all ask the same."""
+    return torch.cat([pairs.answer, pairs.wrong]).unique().tolist()
 
 
 def load_pairs(task: Task, tokenizer, n: int, split: str, block_size: int, seed: int = 0) -> Pairs:
@@ -120,9 +124,7 @@ def load_model(model_dir: str, tokenizer_path: str, device: str = "cpu"):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{tokenizer_path} has {tokenizer.n_vocab} tokens, the model {model_dir} "
                          f"has {model.config.vocab_size}; give --tokenizer=FILE")
-    run = os.path.join(model_dir, "train.toml")  # a published model has none, and cannot be checked
-    trained_on = read_toml(run).get("tokenizer_hash", "") if os.path.exists(run) else ""
-    if trained_on not in ("", tokenizer_hash(tokenizer_path)):
+    if tokenizer_of(model_dir) not in ("", tokenizer_hash(tokenizer_path)):
         raise ValueError(f"{model_dir} was trained on data of another tokenizer than "
                          f"{tokenizer_path}; give --tokenizer=FILE")
     return model, tokenizer
@@ -207,191 +209,51 @@ def calibrate(margin: Tensor, steps: int = 16) -> tuple[float, float]:
 
 
 # --- the tasks -------------------------------------------------------------------------------
-# A list: each draws the two prompts of a pair; the comment shows how they end, with a bar.
-
-def single_double_quote(r):  # print('two words|    print("two words|
-    before = function(r)
-    call = r.choice(("print", "log", "send", "show", "warn", "write", f"{r.choice(NOUNS)}.append",
-                     f"{r.choice(VERBS)}_{r.choice(NOUNS)}", "raise ValueError"))
-    text = words(r)
-    return f"{before}    {call}('{text}", f'{before}    {call}("{text}'
-
-def bracket_counting(r):  # x = [1, y|    x = [[1, y|
-    before = function(r)
-    element = r.choice((number, number, variable))  # numbers twice as often
-    row = ", ".join(element(r) for _ in range(r.randint(1, 6)))
-    start = f"{before}    {variable(r)} = "
-    return f"{start}[{row}", f"{start}[[{row}"
-
-def set_or_string_fixedvarname(r):  # current = set() ... current|    current = "" ... current|
-    before = function(r, high=2)
-    between = "".join(indented(line(r)) for _ in range(r.randint(0, 2)))
-    item = variable(r)
-    loop = f"    for {item} in {r.choice(NOUNS)}s:\n"
-    if r.random() < 0.4:
-        loop += indented(line(r), 8)
-    end = f"\n{between}{loop}        current"
-    return f"{before}    current = set(){end}", f'{before}    current = ""{end}'
-
-def set_or_string(r):  # seen = set() ... seen|    seen = "" ... seen|
-    name, other = r.sample(GROWN, 2)
-    item = variable(r)
-    other_start, other_growth = grown(r, item)
-    others = []  # in half the prompts another variable, which may be of the wrong type
-    growth = ""
-    if r.random() < 0.5:
-        others.append(f"    {other} = {other_start}\n")
-        if r.random() < 0.5:
-            growth = f"        {other}{other_growth}\n"
-
-    before = function(r, high=2)
-    place = r.randint(0, len(others))  # the other variable stands before or after
-    before += "".join(others[:place])
-    between = indented(line(r))  # drawn in any case: each seed's prompts hang on the order of draws
-    after = "".join(others[place:]) + between * r.randint(0, 1)
-    loop = f"    for {item} in {r.choice(NOUNS)}s:\n{growth}"
-    end = f"\n{after}{loop}        {name}"
-    return f"{before}    {name} = set(){end}", f'{before}    {name} = ""{end}'
-
-def final_kwarg(r):  # def f(a, b=None, c|    def f(a, b, c|
-    *plain, decided, last = r.sample(VARIABLES, r.randint(4, 5))
-    before = whole_function(r)
-    start = f"{before}def {r.choice(VERBS)}_{r.choice(NOUNS)}({', '.join(plain)}, {decided}"
-    return f"{start}=None, {last}", f"{start}, {last}"
-
-def class_init(r):  # self.name =|    self.value =|
-    others = r.sample([v for v in VARIABLES if v not in ("name", "value")], r.randint(0, 3))
-    asked = r.choice((("name", "value"), ("value", "name")))  # so that the place does not tell
-    parameters = ", ".join(["self", *others, *asked])
-    start = f"{whole_function(r)}class {r.choice(NOUNS).capitalize()}:\n"
-    start += f"    def __init__({parameters}):\n"
-    start += "".join(f"        self.{x} = {x}\n" for x in others)
-    return f"{start}        self.name =", f"{start}        self.value ="
-
-def with_as(r):  # with open(path, 'r')|    f = open(path, 'r')|
-    before = function(r)
-    call = open_call(r)
-    name = own_word(before + call, ["f", "f", "f", "file", "handle", "fp"])
-    return f"{before}    with {call}", f"{before}    {name} = {call}"
-
-def bracket_brace(r):  # x = {1: 2, 3|    x = [1, 2, 3|
-    element = r.choice((number, variable))
-    items = [element(r) for _ in range(2 * r.randint(1, 2) + 1)]
-    remark = bracket_remark(r)
-    start = function(r)
-    if r.random() < 0.3:  # often enough that a bracket's bare presence does not tell
-        start += f"    {remark}\n"
-    start += f"    {variable(r)} = "
-    entries = "".join(f"{key}: {value}, " for key, value in zip(items[::2], items[1::2]))
-    return f"{start}{{{entries}{items[-1]}", f"{start}[{', '.join(items)}"
-
-def with_open(r):  # open(in_path, '|    open(out_path, '|
-    read, write = r.choice(FILES)
-    start = f"{function(r)}    {r.choice(('with ', 'f = ', 'file = '))}open("
-    end = r.choice((", '", ', "'))
-    return start + read + end, start + write + end
-
-def for_while(r):  # for x|    while x|
-    before = function(r)
-    name = variable(r)
-    return f"{before}    for {name}", f"{before}    while {name}"
-
-def else_elif(r):  # else|    elif|
-    start = function(r, high=3) + if_block(r)
-    return f"{start}    else", f"{start}    elif"
-
-def fstring_brace(r):  # print(f"the ... is|    print("the ... is|
-    before = function(r)
-    call = r.choice(("print", "print", "print", "log", f"{r.choice(NOUNS)}s.append"))
-    q = r.choice("'\"")
-    text = f"the {words(r, 6, 8)} is"  # long: the `f` must lie out of the last tokens' reach
-    return f"{before}    {call}(f{q}{text}", f"{before}    {call}({q}{text}"
-
-def if_ternary(r):  # x = y; new line: if len(z) > 3|    x = y if len(z) > 3|
-    start = f"{function(r)}    {assignment(r)}"
-    test = condition(r, long=True)
-    return f"{start}\n    if {test}", f"{start} if {test}"
-
-def var_swap(r):  # x, y = y,|    y, x = x,|
-    before = function(r)
-    return f"{before}    x, y = y,", f"{before}    y, x = x,"
-
-def indent_for(r):  # a `for` line after an `if`|    the same inside the `if`|
-    before = function(r, high=3) + if_block(r)
-    loop = loop_header(r)
-    return f"{before}    {loop}", f"{before}        {loop}"
-
-def lambda_func(r):  # load = lambda x|    def x|
-    before = function(r)
-    name = r.choice("xyabncdkmvwpst")
-    variable = own_word(before + name, VERBS)
-    return f"{before}    {variable} = lambda {name}", f"{before}    def {name}"
-
-def if_equals(r):  # if x|    x|
-    before = function(r)
-    name = variable(r)
-    return f"{before}    if {name}", f"{before}    {name}"
-
-def enumerate_range(r):  # for i, x in|    for i in|
-    before = function(r)
-    i = r.choice("iiiijk")
-    return f"{before}    for {i}, {own_word(before + i, VARIABLES)} in", f"{before}    for {i} in"
-
-def var_if(r):  # if x == True|    x = True|
-    before = function(r)
-    name = variable(r)
-    value = r.choice(("True", "False"))
-    return f"{before}    if {name} == {value}", f"{before}    {name} = {value}"
-
-def while_return_true(r):  # while True|    return True|
-    before = function(r)
-    return f"{before}    while True", f"{before}    return True"
-
 
 TASKS = {task.name: task for task in (
     Task("single_double_quote", "close a string with the quote that opened it",
-         ("')\n", "\")\n"), single_double_quote, local=True),
+         ("')\n", "\")\n"), templates.single_double_quote, local=True),
     Task("bracket_counting", "close a list by its nesting depth",
-         ("]\n", "]]\n"), bracket_counting, local=True),
+         ("]\n", "]]\n"), templates.bracket_counting, local=True),
     Task("set_or_string",
          "add to a set, or append to a string, by how the variable was initialised",
-         (".add", " +="), set_or_string),
+         (".add", " +="), templates.set_or_string),
     Task("set_or_string_fixedvarname",
          "add to a set, or append to a string, by how `current` was initialised",
-         (".add", " +="), set_or_string_fixedvarname),
+         (".add", " +="), templates.set_or_string_fixedvarname),
     Task("final_kwarg",
          "a parameter after one with a default needs a default, else the signature may end",
-         ("=None", "):\n"), final_kwarg, local=True),
+         ("=None", "):\n"), templates.final_kwarg, local=True),
     Task("class_init", "in __init__, copy the parameter that the attribute is named after",
-         (" name", " value"), class_init, local=True),
+         (" name", " value"), templates.class_init, local=True),
     Task("with_as", "name the file after `with open(...)`; an assignment goes on otherwise",
-         (" as", " if"), with_as),
+         (" as", " if"), templates.with_as),
     Task("bracket_brace", "a value follows a key of a dict, a comma an element of a list",
-         (":", ","), bracket_brace, local=True),
+         (":", ","), templates.bracket_brace, local=True),
     Task("with_open", "open a file to read or to write, by the name of its variable",
-         ("r", "w"), with_open, local=True),
+         ("r", "w"), templates.with_open, local=True),
     Task("for_while", "a for loop needs `in`, a while loop's condition may end",
-         (" in", ":\n"), for_while, local=True),
+         (" in", ":\n"), templates.for_while, local=True),
     Task("else_elif", "a colon ends `else`, a condition follows `elif`",
-         (":\n", " not"), else_elif, local=True),
+         (":\n", " not"), templates.else_elif, local=True),
     Task("fstring_brace", "a brace opens a value in an f-string, a plain string has words",
-         (" {", " not"), fstring_brace),
+         (" {", " not"), templates.fstring_brace),
     Task("if_ternary",
          "end the condition of an if statement, or go on to the else of an expression",
-         (":\n", " else"), if_ternary),
-    Task("var_swap", "`x, y = y, x` and `y, x = x, y`", (" x", " y"), var_swap, local=True),
+         (":\n", " else"), templates.if_ternary),
+    Task("var_swap", "`x, y = y, x` and `y, x = x, y`", (" x", " y"), templates.var_swap, local=True),
     Task("indent_for", "indent the body of a for loop by one level more than the loop",
-         (" " * 7, " " * 11), indent_for),
+         (" " * 7, " " * 11), templates.indent_for),
     Task("lambda_func", "a colon after a lambda's parameter, a bracket after a function's name",
-         (":", "("), lambda_func, local=True),
+         (":", "("), templates.lambda_func, local=True),
     Task("if_equals", "compare in a condition, assign in a statement",
-         (" ==", " ="), if_equals, local=True),
+         (" ==", " ="), templates.if_equals, local=True),
     Task("enumerate_range", "two loop variables enumerate, one counts",
-         (" enumerate", " range"), enumerate_range, local=True),
+         (" enumerate", " range"), templates.enumerate_range, local=True),
     Task("var_if", "a colon ends the condition of an if, a newline an assignment",
-         (":\n", "\n"), var_if, local=True),
+         (":\n", "\n"), templates.var_if, local=True),
     Task("while_return_true", "a colon after `while True`, a newline after `return True`",
-         (":\n", "\n"), while_return_true, local=True),
+         (":\n", "\n"), templates.while_return_true, local=True),
 )}
 
 

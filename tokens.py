@@ -12,6 +12,8 @@ import json
 import os
 from collections.abc import Iterator
 
+from config import read_toml
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -90,6 +92,13 @@ def _check_count(folder: str, side: str, n_tokens: int, meta: dict) -> None:
     if n_tokens != expected:
         raise ValueError(f"{folder}/{side}.bin holds {n_tokens} uint16 tokens, but meta.json says "
                          f"{expected}; {PREPARE}")
+
+
+def tokenizer_of(model_dir: str) -> str:
+    """The hash of the tokenizer of the data that a run was trained on; "" where nothing says so, as
+    beside a published model."""
+    path = os.path.join(model_dir, "train.toml")
+    return read_toml(path).get("tokenizer_hash", "") if os.path.exists(path) else ""
 
 
 def fingerprint(ids: np.ndarray) -> str:

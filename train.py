@@ -23,6 +23,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NoReturn
 
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import (as_script, bounded, die, one_of, parse, remove_leftovers, stop_signals,
+                    to_toml, write_atomic)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,8 +35,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import (as_script, bounded, die, one_of, parse, remove_leftovers, stop_signals,
-                    to_toml, write_atomic)
 from model import GPT, SITES, GPTConfig, device_of
 from optim import L0AdamW, clip_rms_, density_at, lr_factor_at, param_groups
 from tokens import bigram_log_probs, fingerprint, inputs_and_targets, read_data

@@ -25,13 +25,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, bounded, die, one_of, out_of_bounds, parse
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from circuit import (Circuit, Nodes, ablate, alone, circuit_of, inverse, read_circuit,
                      without_edges, write_circuit)
-from config import as_script, bounded, die, one_of, out_of_bounds, parse
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
 from model import GPT, device_of, weights_hash

@@ -20,7 +20,7 @@ import bridge
 import train
 from bridge import Bridges, Coupled, distribution, kl, nmse
 from test_train import (  # noqa: F401
-    BLOCK, ROOT, argv, as_alone, assert_same_run, at_step, data, log, same, state, weights)
+    BLOCK, ROOT, argv, as_alone, assert_same_run, at_step, change_meta, data, log, same, state, weights)
 from toy import random_model
 
 WEIGHTS = (0.3, 0.5, 0.7, 1.1)
@@ -369,6 +369,22 @@ def test_bridges_to_another_dense_model_are_refused(data, pair, tmp_path, capsys
     for action in (dict(resume=True, max_steps=20), dict(eval=True)):
         refused(capsys, argv(data, run, dense=other, **action), "another dense model")
     assert (run / "state.pt").read_bytes() == before
+
+
+def test_a_dense_model_of_another_tokenizer_is_refused(data, pair, tmp_path, capsys):
+    dense, run = tmp_path / "dense", tmp_path / "run"
+    shutil.copytree(pair.dense, dense)
+    shutil.copytree(pair.sparse, run)
+    for folder, tokenizer in ((dense, "abc"), (run, "xyz")):
+        settings = (folder / "train.toml").read_text().replace('tokenizer_hash = ""', f'tokenizer_hash = "{tokenizer}"')
+        (folder / "train.toml").write_text(settings)
+    refused(capsys, argv(data, run, dense=dense, eval=True), "another tokenizer", str(dense))
+    other_data = tmp_path / "data"
+    shutil.copytree(data, other_data)
+    change_meta(tokenizer_hash="xyz")(other_data)
+    out = tmp_path / "out"
+    refused(capsys, argv(other_data, out, **{**pair.options, "dense": dense}), "another tokenizer")
+    assert not out.exists()
 
 
 def test_a_run_without_bridges_or_with_half_of_them_is_refused(data, pair, tmp_path, capsys):

@@ -81,3 +81,10 @@ def test_lambda_stands_only_as_a_key(script):
     nodes = list(ast.walk(tree(script)))
     keys = {id(n.value) for n in nodes if isinstance(n, ast.keyword) and n.arg == "key"}
     assert [n.lineno for n in nodes if isinstance(n, ast.Lambda) and id(n) not in keys] == []
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if "import as_script" in (ROOT / s).read_text()])
+def test_scripts_import_config_before_torch(script):
+    order = [name for node in tree(script).body for name in imported(node)]
+    torch_last = order.index("torch") if "torch" in order else len(order)
+    assert order.index("config") < torch_last

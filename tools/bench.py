@@ -21,11 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, die, parse
+
 import torch
 from torch import Tensor, nn
 
 import fast
-from config import as_script, die, parse
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT, device_of
 from ops import abstopk, linear

@@ -23,10 +23,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, bounded, die, parse, to_toml, write_atomic
+
 import torch
 
 from circuit import Circuit
-from config import as_script, bounded, die, parse, to_toml, write_atomic
 from model import GPT, weights_hash
 from prune import PruneConfig, check_prune, constants_of, find
 from tasks import TASKS, Pairs, calibrate, calibrated, load_model, load_pairs, loss_of, margins
