@@ -5,8 +5,10 @@
 - An unknown key, or a value of the wrong type or out of bounds, is one line and exit status 2.
 - `as_script`: how every script starts and ends.
 - `write_atomic`: a file is either the old one or the new one, never half of it.
+- `sole_user`: a directory is one process's.
 """
 import difflib
+import io
 import json
 import math
 import os
@@ -16,9 +18,15 @@ import socket
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import field, fields
 from typing import NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # How a message names the type that a key wants.
 TYPE_NAMES = {
@@ -57,10 +65,14 @@ def as_script(main: Callable[[list[str]], int], leave: Callable[[int], NoReturn]
 
     Ctrl-C, SIGTERM and a closed terminal are one line and exit status 130, 143 and 129, unless
     `main` sets handlers of its own, as train.py does. A reader that has gone, as in `| head -1`, is
-    no error of ours.
+    no error of ours. Nor is too little memory, which is one line as well.
     """
+    # both are None where the caller closed them, as `>&-` does
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it cannot show
+        if isinstance(stream, io.TextIOWrapper):  # others are a notebook's, say
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
     for sig in stop_signals():
         signal.signal(sig, _stop)
     try:
@@ -74,7 +86,22 @@ def as_script(main: Callable[[list[str]], int], leave: Callable[[int], NoReturn]
         # what is still to be flushed goes nowhere, or Python would complain while it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + 13  # as if by SIGPIPE, which Python ignores
+    except (MemoryError, RuntimeError) as e:
+        if not _is_out_of_memory(e):
+            raise
+        die(f"out of memory ({_first_line(e)}); make what is held at once smaller: for training "
+            "batch_size (or raise grad_accum) or block_size, else batches, windows or --jobs")
     leave(code)
+
+
+def _is_out_of_memory(e: Exception) -> bool:
+    # PyTorch has a class of its own for CUDA alone
+    return isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate" in str(e)
+
+
+def _first_line(e: Exception) -> str:
+    text = str(e).splitlines()[0] if str(e) else type(e).__name__
+    return text.rpartition("DefaultCPUAllocator: ")[2]
 
 
 def stop_signals() -> list[int]:
@@ -203,7 +230,7 @@ def _read_argv(cls, argv: list[str], types: dict) -> tuple[str | None, list[tupl
             _print_help(cls)
             raise SystemExit(0)
         if key == "config":
-            source = text
+            source = os.path.expanduser(text)
             continue
         # --flag alone is an answer; --lr alone is a value that was forgotten
         if not equals and types.get(key, bool) is not bool:
@@ -225,8 +252,8 @@ def _print_help(cls) -> None:
 def read_toml(path: str) -> dict:
     """The content of a TOML file. Exits with status 2, in one line, where it cannot be read."""
     try:
-        with open(path, "rb") as f:
-            return tomllib.load(f)
+        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the front
+            return tomllib.loads(f.read())
     except OSError as e:
         die(f"cannot read the config file {path!r}: {e.strerror}")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -239,6 +266,8 @@ def _literal(text: str, want: type):
         return [_literal(part, float) for part in text.split(",")]
     if want is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
+    if want is str:
+        return os.path.expanduser(text)  # no shell does it behind an equals sign
     try:
         return want(text)
     except ValueError:
@@ -298,8 +327,8 @@ def write_atomic(path: str, content: bytes | Callable) -> None:
     except BaseException as e:  # Ctrl-C too
         if os.path.exists(tmp):
             os.unlink(tmp)
-        if isinstance(e, RuntimeError):  # torch.save wraps a failed write
-            raise OSError(f"writing {path} failed: {str(e).splitlines()[0]}") from e
+        if isinstance(e, RuntimeError):  # torch.save's, the reason, such as a full disk, inside
+            raise OSError(f"writing {path} failed: {e.__context__ or _first_line(e)}") from e
         raise
 
 
@@ -315,3 +344,28 @@ def remove_leftovers(folder: str) -> None:
             os.unlink(os.path.join(folder, name))
         except OSError:  # it is there, and another user's
             pass
+
+
+@contextmanager
+def sole_user(folder: str) -> Iterator[None]:
+    """Make a directory, and keep other processes that ask for it the same way out meanwhile.
+
+    OSError where it cannot be made, BlockingIOError where another process has it. The system
+    releases it when the process ends, however that happens.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise
+    except OSError:  # some network file systems have no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(held)

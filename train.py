@@ -16,16 +16,17 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NoReturn
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import (as_script, bounded, die, one_of, parse, remove_leftovers, stop_signals,
-                    to_toml, write_atomic)
+from config import (as_script, bounded, die, one_of, parse, remove_leftovers, sole_user,
+                    stop_signals, to_toml, write_atomic)
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ def begin(cfg: TrainConfig) -> Run:
             "give the right --data_dir, or leave tokenizer_hash out of the config")
     cfg = replace(cfg, tokenizer_hash=hash_of_data)
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        meet("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32: products round, weights do not
@@ -188,6 +189,28 @@ def begin(cfg: TrainConfig) -> Run:
     if meta["vocab_size"] <= LARGEST_TABLE:
         bigram = bigram_log_probs(train, meta["vocab_size"]).to(device)
     return Run(cfg, rank, world, device, train, val, meta, bigram)
+
+
+def meet(backend: str) -> None:
+    """Wait for the other processes of this run; one line where that fails."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = os.getppid()
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, RuntimeError) as e:  # RuntimeError: also what torch.distributed raises
+        reason = str(e).splitlines()[0]
+        die(f"the {os.environ['WORLD_SIZE']} processes of this run cannot meet ({reason}); start "
+            "them by torchrun, or take RANK and WORLD_SIZE out of the environment")
+
+
+def end_with(parent: int) -> None:
+    """A process whose torchrun was killed ends as well, or it would keep a new start out."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    if not dist.is_initialized():
+        os._exit(128 + signal.SIGTERM)  # it waits for the others, deaf to signals
+    os.kill(os.getpid(), signal.SIGTERM)  # the step is finished and saved
 
 
 def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -413,11 +436,25 @@ def trim_log(path: str, step: int) -> None:
     write_atomic(path, b"".join(kept))
 
 
+@contextmanager
+def own_directory(run: Run) -> Iterator[None]:
+    """Meanwhile no other run can use this one's directory: the two would spoil each other's."""
+    out_dir = run.cfg.out_dir
+    with ExitStack() as stack:
+        try:
+            if run.rank == 0:
+                stack.enter_context(sole_user(out_dir))
+        except BlockingIOError:
+            die(f"another process trains in {out_dir}; wait for it, or give another --out_dir")
+        except OSError as e:
+            die(f"cannot write to out_dir '{out_dir}': {e.strerror}")
+        yield
+
+
 def prepare_directory(run: Run, start: int) -> None:
     """The run directory with its config, and a log that ends where this run begins."""
     cfg = run.cfg
     try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
         remove_leftovers(cfg.out_dir)
         write_atomic(os.path.join(cfg.out_dir, "train.toml"), to_toml(cfg).encode())
         trim_log(run.log_path, start)
@@ -544,18 +581,26 @@ def not_finite(run: Run, step: int, what: str) -> int:
 def loop(run: Run, job: Job) -> int:
     """Train `job` from its checkpoint, or from the start, to the end. Returns the exit status."""
     cfg = run.cfg
+    with own_directory(run):
+        start = restore(run, job)
+        if run.rank == 0:
+            prepare_directory(run, start)
+            if start >= cfg.max_steps:  # killed between its last two files: the older model
+                save_modules(cfg, job)
+        return steps_from(start, run, job)
+
+
+def steps_from(start: int, run: Run, job: Job) -> int:
+    """The steps of a run from `start`, counted from 0, to its end. Returns the exit status."""
+    cfg = run.cfg
     optimizer = job.optimizer
-    start = restore(run, job)
-    if run.rank == 0:
-        prepare_directory(run, start)
-        if start >= cfg.max_steps:  # a kill between the last two files may have left an older model
-            save_modules(cfg, job)
     say_what_starts(run, job)
     net = for_this_machine(run, job.net)
     caught = catch_signals()
     density_now = partial(density_at, start=cfg.anneal_start, end=cfg.anneal_end)
     step_tokens = cfg.batch_size * cfg.block_size
-    clock, clock_step = time.time(), start  # speed is measured since the last report
+    # speed is measured since the last report, by a clock that nobody sets
+    clock, clock_step = time.monotonic(), start
 
     for step in range(start, cfg.max_steps):
         density = density_now(step, cfg.max_steps, cfg.density)
@@ -580,6 +625,7 @@ def loop(run: Run, job: Job) -> int:
             return not_finite(run, done, "weights that are not finite")
         evaluating = done % cfg.eval_interval == 0 or final
         if done % cfg.log_interval == 0 or evaluating or done == 1:
+            seconds = time.monotonic() - clock
             entry = {
                 "step": done,
                 "tokens": done * step_tokens,
@@ -588,12 +634,12 @@ def loop(run: Run, job: Job) -> int:
                 "lr": lr,
                 "grad_rms": rms[0],  # of the model; bridges have their own
                 "nonzeros": int(sum(p.count_nonzero() for p in sparse_of(optimizer))),
-                "tokens_per_s": round((done - clock_step) * step_tokens / (time.time() - clock)),
+                "tokens_per_s": round((done - clock_step) * step_tokens / seconds),
             }
             if job.describe is not None:
                 entry |= job.describe(seen)
             report(run, job, entry, evaluating)
-            clock, clock_step = time.time(), done
+            clock, clock_step = time.monotonic(), done
         if saving and run.rank == 0:
             save(run, job, done)
         if stop and not final:

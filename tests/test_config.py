@@ -1,12 +1,14 @@
 """config.py: typed values from TOML and the command line, one-line refusals, files that are never half written."""
 import os
 import stat
+import subprocess
+import sys
 import tomllib
 from dataclasses import asdict, dataclass
 
 import pytest
 
-from config import bounded, die, one_of, parse, to_toml, write_atomic
+from config import bounded, die, one_of, parse, sole_user, to_toml, write_atomic
 
 
 @dataclass
@@ -347,3 +349,50 @@ def test_a_long_name_of_a_short_key_is_understood(capsys):
         lr: float = 0.1
         eval_interval: int = 3
     assert "'lr'" in refused(capsys, ["--learning_rate=1"], Rates)
+
+
+def test_a_mark_at_the_front_of_a_config_file_is_skipped(tmp_path):
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbfsteps = 3\r\nrate = 2.0\r\n")
+    assert parse(Bounded, [f"--config={path}"]).steps == 3
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    @dataclass
+    class Paths:
+        out_dir: str = "out"
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text("out_dir = 'in the file'")
+    assert parse(Paths, ["--out_dir=~/run"]).out_dir == f"{tmp_path}/run"
+    assert parse(Paths, ["--config=~/c.toml"]).out_dir == "in the file"
+    assert parse(Paths, ["--out_dir=a~b/~"]).out_dir == "a~b/~"
+
+
+def test_what_torch_says_of_a_full_disk_is_what_the_system_said(tmp_path):
+    def write(f):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_atomic(str(tmp_path / "a"), write)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_has_one_user_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "run"
+    ask = f"""
+import sys; sys.path.insert(0, {os.getcwd()!r})
+from config import sole_user
+with sole_user({str(folder)!r}): print("mine")
+"""
+    def another():
+        return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+
+    with sole_user(str(folder)):
+        assert "BlockingIOError" in another().stderr
+    assert another().stdout == "mine\n"
+    with sole_user(str(folder)):  # this process as well, once it has let go
+        pass
+    assert os.listdir(folder) == []

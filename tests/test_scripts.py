@@ -109,3 +109,23 @@ def test_an_ascii_terminal_shows_what_it_can():
     code = "import config; config.as_script(lambda argv: print('a – b') or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=ENV | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stdout == b"a \\u2013 b\n" and not done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_a_script_works_without_a_stream(closed):
+    done = subprocess.run(["bash", "-c", f"'{sys.executable}' -c \"import config; config.as_script(lambda argv: print('x') or 0)\" {closed}"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_too_little_memory_is_one_line(model):
+    code = f"import sys, torch, config; config.as_script(lambda argv: torch.empty(2**50).shape[0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "out of memory" in done.stderr and "4503599627370496 bytes" in done.stderr
+
+
+def test_an_error_of_another_kind_keeps_its_traceback():
+    code = "import config; config.as_script(lambda argv: exec('raise RuntimeError(1)'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr

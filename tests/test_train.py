@@ -280,9 +280,7 @@ def test_two_processes_have_the_losses_of_one_the_same_weights_and_stop_together
     (tmp_path / "two.py").write_text(TWO)
     over = dict(max_steps=24, grad_accum=2, eval_interval=10)
     two, one = tmp_path / "two", tmp_path / "one"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     args = argv(data, two, **over)
     args.sort(key=lambda a: not a.startswith("--out_dir"))
     done = subprocess.run(
@@ -959,3 +957,69 @@ def test_a_run_keeps_the_hash_of_its_tokenizer_and_does_not_go_on_with_another(t
     assert train.main(again) == 0
     change_meta(tokenizer_hash="xyz")(data)
     assert_refused(capsys, tmp_path, again, "another tokenizer")
+
+
+def test_two_runs_cannot_have_one_directory_at_once(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    with train.sole_user(str(out)):
+        for resume in (False, True):
+            assert_refused(capsys, tmp_path, argv(data, out, resume=resume), "another process trains in")
+    assert train.main(argv(data, out, max_steps=2)) == 0
+
+
+def test_a_clock_that_is_set_back_does_not_matter(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda clock=iter(range(10**6, 0, -1)): next(clock))
+    assert train.main(argv(data, tmp_path / "run", max_steps=3)) == 0
+    assert all(entry[SPEED] > 0 for entry in log(tmp_path / "run"))
+
+
+def test_processes_that_cannot_meet_say_why(data, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"} | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "train.py", *argv(data, tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "MASTER_ADDR" in done.stderr and "torchrun" in done.stderr and not (tmp_path / "out").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def gone(pids, seconds=30) -> bool:
+    deadline = time.time() + seconds
+    while time.time() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.1)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ranks_whose_torchrun_was_killed_save_and_end(data, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}", "train.py",
+               *argv(data, out, max_steps=100_000, eval_interval=100_000, save_interval=100_000)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(process, out, 2)
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    assert gone(ranks)
+    assert state(out)["step"] == log(out)[-1]["step"] >= 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_rank_that_waits_for_the_others_ends_when_its_torchrun_was_killed(data, tmp_path):
+    command = [sys.executable, "train.py", *argv(data, tmp_path / "run")]
+    # it starts the first of two ranks, says its number, and waits to be killed
+    parent = f"import subprocess, time; print(subprocess.Popen({command!r}, cwd={str(ROOT)!r}).pid, flush=True); time.sleep(100)"
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "x"}
+    process = subprocess.Popen([sys.executable, "-c", parent], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    rank = int(process.stdout.readline())
+    port = f"{int(env['MASTER_PORT']):04X} "
+    deadline = time.time() + 60
+    while time.time() < deadline and f":{port}" not in Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text():
+        time.sleep(0.1)  # until it listens
+    process.kill()
+    process.wait()
+    assert gone([rank])
