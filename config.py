@@ -53,6 +53,8 @@ def die(message: str | Exception) -> NoReturn:
     """
     if isinstance(message, BrokenPipeError):  # an OSError, but no bad input: for `as_script`
         raise message
+    if isinstance(message, OSError) and message.strerror and message.filename:
+        message = f"{message.filename}: {message.strerror}"
     who = os.path.basename(sys.argv[0])
     if "RANK" in os.environ:
         who += f", rank {os.environ['RANK']}"
@@ -327,8 +329,12 @@ def write_atomic(path: str, content: bytes | Callable) -> None:
     except BaseException as e:  # Ctrl-C too
         if os.path.exists(tmp):
             os.unlink(tmp)
-        if isinstance(e, RuntimeError):  # torch.save's, the reason, such as a full disk, inside
-            raise OSError(f"writing {path} failed: {e.__context__ or _first_line(e)}") from e
+        # torch.save raises a RuntimeError, with what the system said inside
+        reason = e.__context__ if isinstance(e, RuntimeError) else e
+        if isinstance(reason, OSError) and reason.errno is not None:
+            raise OSError(reason.errno, reason.strerror, path) from e
+        if isinstance(e, RuntimeError):
+            raise OSError(f"writing {path} failed: {_first_line(e)}") from e
         raise
 
 

@@ -375,9 +375,20 @@ def test_what_torch_says_of_a_full_disk_is_what_the_system_said(tmp_path):
             raise OSError(28, "No space left on device")
         finally:
             raise RuntimeError("unexpected pos 64 vs 0")
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device.*/a'"):
         write_atomic(str(tmp_path / "a"), write)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_names_its_file(tmp_path, capsys):
+    def write(f):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit):
+        try:
+            write_atomic(str(tmp_path / "a"), write)
+        except OSError as e:
+            die(e)
+    assert f"{tmp_path}/a: No space left on device\n" in capsys.readouterr().err
 
 
 def test_a_directory_has_one_user_at_a_time(tmp_path):
