@@ -5,7 +5,9 @@
 - `keep_largest_(p, k, j, neuron_axis)`: the optimizer's projection of one tensor (A.2).
 - `gated(x, gate, constant)`: a node that is open, or held at a constant (A.5).
 - `linear(x, weight, bias)`: F.linear, by a sparse weight's nonzeros alone where that is faster.
-- `sink_attention(q, k, v, sink)`: causal attention with a learnable logit in the denominator (A.1).
+- `rms_norm(x, weight)`: the norm that keeps zero where it is (2.1).
+- `sink_attention(q, k, v, sink)`: causal attention, with a learnable logit in the denominator or
+  without (A.1).
 
 Each stands here whole and runs anywhere. Its one line that names `fast` asks the folder fast/
 (C on a CPU, Triton on CUDA) for the same result sooner; None means that it cannot help. The same
@@ -50,9 +52,10 @@ def _check(k: int, n: int) -> None:
         raise ValueError(f"k must lie in 1..{n}, not {k}")
 
 
-def _select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(..., n) -> what is kept, zeros elsewhere, and the mask of it."""
-    done = fast and fast.abstopk(x, k)
+def _select(x: Tensor, k: int, masked: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(..., n) -> what is kept, zeros elsewhere, and the mask of it; without `masked`, perhaps None
+    in its place."""
+    done = fast and fast.abstopk(x, k, masked)
     if done is not None:
         return done
 
@@ -69,9 +72,9 @@ def _select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.where(mask, x, 0), mask
 
 
-def _kept(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _kept(x: Tensor, k: int, masked: bool = True) -> tuple[Tensor, Tensor | None]:
     """`_select`; to torch.compile an operator it need not look into."""
-    return _select_op(x, k) if torch.compiler.is_compiling() else _select(x, k)
+    return _select_op(x, k) if torch.compiler.is_compiling() else _select(x, k, masked)
 
 
 @torch.library.custom_op("circuits::abstopk", mutates_args=())
@@ -92,7 +95,7 @@ class _AbsTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, k):
-        y, mask = _kept(x, k)
+        y, mask = _kept(x, k, masked=ctx.needs_input_grad[0])
         ctx.save_for_backward(mask)
         return y
 
@@ -174,20 +177,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None,
     return F.linear(x, weight, bias) if done is None else done
 
 
+# --- norm ----------------------------------------------------------------------------------------
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
+    """x / sqrt(mean of x^2 + eps) * weight, over the last axis (paper 2.1).
+
+    x: (..., n), weight: (n,). eps: None is x's machine epsilon, as in PyTorch. In fast/ it is
+    differentiable once.
+    """
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    done = fast and fast.rms_norm(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps) if done is None else done
+
+
 # --- attention with a sink -----------------------------------------------------------------------
 
-def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor,
+def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None,
                    dropout_p: float = 0.0) -> Tensor:
     """Causal attention, scale 1/sqrt(d_head), with exp(sink) added to the denominator (paper A.1):
     a head that has nothing to say can attend to nothing.
 
-    q, k, v: (B, H, T, d_head); sink: (H,) -> (B, H, T, d_head). Never builds a T x T matrix:
-    memory is linear in T, forward and backward.
+    q, k, v: (B, H, T, d_head); sink: (H,), or None for ordinary attention -> (B, H, T, d_head).
+    Never builds a T x T matrix: memory is linear in T, forward and backward. In fast/ it is
+    differentiable once.
     """
     if dropout_p == 0:  # fast/ has no dropout
         done = fast and fast.sink_attention(q, k, v, sink)
         if done is not None:
             return done
+    if sink is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
 
     # A dummy position 0 has the sink as its logit and a value of zero. For the logit, each query
     # gets one more channel, constant 1, and only the dummy key is nonzero there. So causal SDPA

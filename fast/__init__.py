@@ -34,8 +34,10 @@ TOKENS_FOR_A_SEARCH = 64
 TILE = 32  # tokens: TOKENS in cpu.c
 NEURONS = 16  # that `project` in cpu.c gathers at a time, 16 entries apart from one another
 ALONE = 2**15  # entries that one thread projects sooner than it could wake others
+LANES = 8  # queries at a time of cpu.c's attention, and channels
+WIDEST_HEAD = 64  # of a wider head, PyTorch's matrix products are as fast
 
-# The arguments of cpu.c's functions: p a pointer, n an int64.
+# The arguments of cpu.c's functions: p a pointer, n an int64, f a double.
 SIGNATURES = {
     "abstopk": "pnppnnn",
     "keep": "pnppnn",
@@ -45,8 +47,12 @@ SIGNATURES = {
     "take_nonzeros": "ppppnn",
     "sparse_linear": "pppppppnnnn",
     "sparse_linear_input_grad": "ppppppnnnn",
+    "rms_norm": "ppppfnn",
+    "rms_norm_grads": "ppppppnnn",
+    "attention": "ppppppnnnnnn",
+    "attention_grads": "ppppppppppnnnnnn",
 }
-KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
+KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_double}
 FLAGS = ["-O3", "-shared", "-fPIC"]
 # Tried in turn until a compiler takes them: Apple's clang has no OpenMP, others no `native`.
 EXTRA_FLAGS = [["-march=native", "-fopenmp"], ["-march=native"], []]
@@ -54,8 +60,9 @@ EXTRA_FLAGS = [["-march=native", "-fopenmp"], ["-march=native"], []]
 
 # --- AbsTopK -------------------------------------------------------------------------------------
 
-def abstopk(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """What is kept of x (..., n), and the mask of it. float32, bfloat16 and float16."""
+def abstopk(x: Tensor, k: int, masked: bool = True) -> tuple[Tensor, Tensor | None] | None:
+    """What is kept of x (..., n), and the mask of it; without `masked`, perhaps None in its place.
+    float32, bfloat16 and float16."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if x.is_cuda:
@@ -69,8 +76,11 @@ def abstopk(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
 
     rows = _rows(x.float())
     y = rows.new_empty(x.shape)
-    mask = torch.empty_like(y, dtype=torch.bool)
-    _cpu().abstopk(rows.data_ptr(), rows.stride(0), *_pointers(y, mask), *rows.shape, k)
+    mask = None
+    if masked or x.dtype != torch.float32:
+        mask = torch.empty_like(y, dtype=torch.bool)
+    to = y.data_ptr(), None if mask is None else mask.data_ptr()
+    _cpu().abstopk(rows.data_ptr(), rows.stride(0), *to, *rows.shape, k)
     if x.dtype != torch.float32:
         y = torch.where(mask, x, 0)
     return y, mask
@@ -261,13 +271,92 @@ def _by_tiles(f, tokens: int, shape: tuple[int, int], *tensors: Tensor) -> None:
     f(*_pointers(*tensors, scratch), parts, tokens, *shape)
 
 
+# --- RMSNorm -------------------------------------------------------------------------------------
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """In one walk through memory instead of five."""
+    if x.shape[-1:] != weight.shape or weight.dtype != x.dtype or _cpu_for(x) is None:
+        return None
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Saves x and one number for each of its rows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x = x.contiguous()
+        weight = weight.contiguous()
+        n = x.shape[-1]
+        y = x.new_empty(x.shape)
+        scale = x.new_empty(x.numel() // n)
+        _cpu().rms_norm(*_pointers(x, weight, y, scale), eps, len(scale), n)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad = grad.contiguous()  # under a name, so that it lives as long as its pointer
+        n = x.shape[-1]
+        parts = torch.get_num_threads()
+        dx = x.new_empty(x.shape)
+        dweight = x.new_empty(parts, n)  # each thread sums its own rows
+        pointers = _pointers(grad, x, weight, scale, dx, dweight)
+        _cpu().rms_norm_grads(*pointers, parts, len(scale), n)
+        return dx, dweight.sum(0), None
+
+
 # --- attention with a sink -----------------------------------------------------------------------
 
-def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor | None:
-    """Without the detour of ops.py, on a CPU. PyTorch's own kernel: no compiler is needed."""
+def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor | None:
+    """On a CPU: narrow heads by cpu.c; others, where there is a sink, by PyTorch's own kernel, for
+    which no compiler is needed, without the detour of ops.py."""
     if q.device.type != "cpu":
         return None
-    return _SinkAttention.apply(q, k, v, sink.to(q.dtype))
+    same = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    narrow = q.shape[-1] % LANES == 0 and q.shape[-1] <= WIDEST_HEAD
+    if same and narrow and _cpu_for(q) is not None:
+        if sink is None:
+            sink = q.new_full(q.shape[1:2], -torch.inf)
+        return _NarrowAttention.apply(q, k, v, sink.to(q.dtype))
+    return None if sink is None else _SinkAttention.apply(q, k, v, sink.to(q.dtype))
+
+
+class _NarrowAttention(torch.autograd.Function):
+    """One head after the other, keys and values of which fit into a core's cache. Saves its inputs
+    alone, and computes the attention again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink):
+        # (B, T, H, D), as the model's products leave them: then no copy
+        q, k, v = [z.transpose(1, 2).contiguous() for z in (q, k, v)]
+        sink = sink.contiguous()
+        out = torch.empty_like(q)
+        _by_heads(_cpu().attention, q, k, v, sink, out)
+        ctx.save_for_backward(q, k, v, sink)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, sink = ctx.saved_tensors
+        grad = grad.transpose(1, 2).contiguous()
+        dq, dk, dv = [torch.empty_like(z) for z in (q, k, v)]
+        dsink = sink.new_empty(len(q), len(sink))
+        _by_heads(_cpu().attention_grads, q, k, v, sink, grad, dq, dk, dv, dsink)
+        return *(z.transpose(1, 2) for z in (dq, dk, dv)), dsink.sum(0)
+
+
+def _by_heads(f, q: Tensor, *tensors: Tensor) -> None:
+    """Calls cpu.c's `f`, whose threads take heads of prompts, each in its own scratch."""
+    parts = torch.get_num_threads()
+    _, T, _, D = q.shape
+    padded = (T + LANES - 1) // LANES * LANES
+    size = (4 * padded + 3 * LANES) * D + 2 * padded * LANES
+    scratch = q.new_empty(parts * size)
+    f(*_pointers(q, *tensors, scratch), parts, size, *q.shape)
 
 
 class _SinkAttention(torch.autograd.Function):

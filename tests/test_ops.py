@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fast
 import ops
 from fast import SPARSE
-from ops import abstopk, keep_largest_, linear, sink_attention, topk_mask
+from ops import abstopk, keep_largest_, linear, rms_norm, sink_attention, topk_mask
 
 pytestmark = pytest.mark.usefixtures("seed", "path")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -143,6 +143,15 @@ def test_many_rows_are_the_same_as_each_alone(shape, threads):
     mask = topk_mask(x, 25)
     assert torch.equal(mask, torch.stack([topk_mask(row, 25) for row in x]))
     assert mask[len(x) // 2, ..., :25].all() and (mask.sum(-1) == 25).all()
+
+
+def test_a_row_quite_unlike_the_one_before_is_selected_as_if_alone():
+    x = torch.randn(64, 200)
+    x[1::4] *= 1e30
+    x[2::4] *= 1e-30
+    x[3::4, 50:] = 0.0
+    assert torch.equal(topk_mask(x, 60), kept(x, 60))
+    assert torch.equal(topk_mask(x.flip(0), 60), kept(x.flip(0), 60))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -334,6 +343,43 @@ def test_a_gate_meets_inputs_that_lie_askew_in_memory():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+# --- norm --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 70), (2, 300, 129), (0, 4)], ids=str)
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_a_norm_and_its_gradients_are_pytorchs(shape, eps, threads):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(shape[-1], requires_grad=True)
+    grad = torch.randn(shape)
+    y, want = rms_norm(x, weight, eps), F.rms_norm(x.double(), shape[-1:], weight.double(), eps or torch.finfo(x.dtype).eps)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(y, [x, weight], grad), torch.autograd.grad(want, [x, weight], grad.double())):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_keeps_zero_where_it_is_and_meets_inputs_that_lie_askew():
+    x = torch.randn(8, 5).T
+    x[2], x[:, 3] = 0.0, 0.0
+    y = rms_norm(x, torch.ones(8))
+    assert (y[2] == 0).all() and (y[:, 3] == 0).all()
+    torch.testing.assert_close(y, F.rms_norm(x.contiguous(), (8,)))
+
+
+def test_a_norms_gradient_may_lie_askew_too():
+    """The copy of it must live until it has been read: 20 times, as what it would be read as is chance."""
+    for _ in range(20):
+        x, weight, grad = torch.randn(16, 4, requires_grad=True), torch.randn(4, requires_grad=True), torch.randn(16, 8)[:, :4]
+        got = torch.autograd.grad(rms_norm(x, weight), [x, weight], grad)
+        want = torch.autograd.grad(F.rms_norm(x, (4,), weight, torch.finfo(x.dtype).eps), [x, weight], grad)
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_of_another_type_keeps_it(dtype):
+    x, weight = torch.randn(3, 16).to(dtype), torch.randn(16).to(dtype)
+    assert torch.equal(rms_norm(x, weight), F.rms_norm(x, (16,), weight, torch.finfo(dtype).eps))
+
+
 # --- attention with a sink ---------------------------------------------------------------------
 
 def qkvs(B=2, H=3, T=9, D=8, device="cpu", dtype=torch.float32):
@@ -346,6 +392,14 @@ def plain(q, k, v, sink):
     q, k, v, sink = (z.double() for z in (q, k, v, sink))
     e = ((q @ k.mT) / math.sqrt(q.shape[-1])).exp().tril()
     return e @ v / (e.sum(-1, keepdim=True) + sink.exp().view(1, -1, 1, 1))
+
+
+def plain_of_scores(scores, v, sink):
+    """The same by PyTorch's softmax, which no large score overflows."""
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    sink = sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    p = torch.cat([scores.masked_fill(future, -math.inf), sink], -1).softmax(-1)
+    return p[..., :-1] @ v
 
 
 def check_attention(inputs, **options):
@@ -376,6 +430,34 @@ def test_a_sink_of_minus_infinity_is_ordinary_attention(dropout_p):
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     got = sink_attention(q, k, v, torch.full((3,), -math.inf), dropout_p)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("B, H, T, D", [(3, 5, 40, 16), (1, 1, 17, 8), (5, 2, 8, 24), (2, 3, 9, 12), (2, 2, 20, 128)])
+def test_heads_of_any_number_and_width_are_each_as_written_out(B, H, T, D, threads):
+    check_attention(qkvs(B=B, H=H, T=T, D=D))
+
+
+def test_no_sink_is_ordinary_attention_and_so_are_its_gradients():
+    q, k, v, _ = qkvs(T=20, D=16)
+    got, want = sink_attention(q, k, v, None), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(got.shape)
+    for a, b in zip(torch.autograd.grad(got, [q, k, v], grad), torch.autograd.grad(want, [q, k, v], grad)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+
+
+def test_logits_far_apart_neither_overflow_nor_vanish():
+    q, k, v, sink = (100 * z.detach() for z in qkvs(T=30))
+    y = sink_attention(q, k, v, sink)
+    want = plain_of_scores((q.double() @ k.double().mT) / math.sqrt(8), v.double(), sink.double())
+    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-2)
+
+
+def test_a_nan_in_attention_is_not_hidden_and_stays_in_its_head():
+    q, k, v, sink = (z.detach() for z in qkvs(T=20))
+    k[1, 2, 5, 3] = math.nan
+    y = sink_attention(q, k, v, sink)
+    assert y[1, 2, 5:].isnan().all() and not y[1, :2].isnan().any() and not y[0].isnan().any()
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-12])
