@@ -5,7 +5,8 @@
   `model.unembed(h, idx)`: the forward pass is a walk along that chain, and so is everything else.
 - `model(idx, nodes=fn)`: each sublayer passes each node site through `fn(site, x)` after AbsTopK.
   Recording, masking, ablating and steering are all such a function. None: no trace of it.
-- `GPT.load(dir)` / `model.save(dir)`: `beeg_config.json` + `final_model.pt`, as published.
+- `GPT.load(dir)`: a published directory (`beeg_config.json` + `final_model.pt`), a snapshot of the
+  hub (`config.json` + `model.safetensors`), or a run of ours. `model.save(dir)` writes either.
 
 Paper sections 2.1 and A.1; every site is in the table below.
 """
@@ -13,10 +14,11 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Optional
+from typing import Optional, get_args
 
 import torch
 import torch.nn as nn
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import write_atomic
-from ops import abstopk, linear, sink_attention
+from ops import abstopk, linear, rms_norm, sink_attention
 
 NodeFn = Callable[[str, Tensor], Tensor]  # (site, activations (B, T, width)) -> activations
 
@@ -58,10 +60,43 @@ SITES = {
 # The residual stream itself stays whole in the paper; the format has names for it all the same.
 STREAM_LOCTYPES = ("resid_post_attn", "resid_post_mlp")
 
-# Keys that stand in published configs and change nothing in the forward pass.
-IGNORED_KEYS = ("bigram_table_rank", "pfrac", "expansion_factor", "expansion_factor_mlp",
-                "debug_exact_topk", "sparse_matmul_impl")
-RENAMED_KEYS = {"n_mlp": "d_mlp", "n_embd": "d_model"}
+# What a config may hold besides the fields of GPTConfig, in this order:
+# 1. What is off (null, false, 0, empty) changes nothing, whatever it is, and passes.
+# 2. What would make another forward pass than ours, NOT_COMPUTED, is refused by name.
+# 3. What speaks of training or of kernels, by a word of TRAINING, passes: a forward pass does not
+#    know how its weights came about.
+# 4. What `transformers` writes into every config.json, OTHER_PROGRAMS, passes.
+# 5. Any other key is refused by name: it may be a misspelt one, or change what is computed.
+NOT_COMPUTED = (
+    "afrac_approx", "rtopk",        # an AbsTopK that keeps other channels than the largest
+    "mup", "mup_width_multiplier",  # other scales of attention and logits
+    "scale_invariance", "enable_fp8_linear",  # other products
+    "use_tied_aux_matrix", "unembed_rank", "bigram_table_rank",  # other matrices
+)
+TRAINING = set("""adam anneal batch beta1 beta2 checkpoint checkpointing debug decay dropout epochs
+    expansion grad impl init kernels learning loss lr optimizer pdrop pfrac run schedule seed ste
+    steps train training wandb warmup""".split())
+OTHER_PROGRAMS = set("""architectures attn_implementation auto_map bos_token_id dtype eos_token_id
+    head_dim hidden_act hidden_size id2label initializer_range intermediate_size is_decoder
+    label2id length_penalty max_length max_position_embeddings model_type n_ctx n_inner n_positions
+    num_attention_heads num_beam_groups num_beams num_hidden_layers num_key_value_heads
+    num_return_sequences pad_token_id repetition_penalty return_dict sep_token_id temperature
+    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
+    transformers_version typical_p use_cache""".split())
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "d_model")  # never null
+RENAMED_KEYS = {"n_mlp": "d_mlp", "n_embd": "d_model"}  # old name -> ours
+
+# The two layouts of a model directory: config, weights.
+LAYOUTS = {
+    "store": ("beeg_config.json", "final_model.pt"),
+    "hub": ("config.json", "model.safetensors"),
+}
+HUB_PREFIX = "circuit_model."  # before each weight's name there
+# What the hub's own loader goes by.
+HUB_FIELDS = {"architectures": ["CircuitGPTForCausalLM"], "model_type": "circuitgpt",
+              "dtype": "float32"}
+# What stands before a name for no reason of ours, as wrappers leave it, in any order.
+PREFIXES = ("module.", "_orig_mod.", HUB_PREFIX)
 
 
 def record(into: dict[str, Tensor]) -> NodeFn:
@@ -116,7 +151,7 @@ class GPTConfig:
             self.d_head = self.d_model // max(1, self.n_head)
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model", "d_head", "d_mlp"):
+        for name in (*SIZES, "d_head", "d_mlp"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -167,8 +202,15 @@ class GPTConfig:
 def _norm(config: GPTConfig, width: int) -> nn.Module:
     # RMSNorm keeps zero where it is, so that a channel which is off stays off (paper 2.1)
     if config.rms_norm:
-        return nn.RMSNorm(width)
+        return RMSNorm(width)
     return nn.LayerNorm(width, bias=config.ln_bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm by ops.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -180,6 +222,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.known)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws nothing where there is no memory: to draw on the meta device would
+    load half of PyTorch's compiler, a second, before any model is loaded."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class SinkLogit(nn.Module):
@@ -223,9 +274,7 @@ class Attention(nn.Module):
         dropout_p = self.config.dropout if self.training else 0.0
         # flash: no T x T matrix is ever held, forward or backward
         if self.config.flash:
-            if sink is not None:
-                return sink_attention(q, k, v, sink, dropout_p)
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+            return sink_attention(q, k, v, sink, dropout_p)
         B, H, T, D = q.shape
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(D)  # (B, H, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -329,10 +378,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = c = config
+        self.known = {}  # what circuit.py finds of frozen weights
         # wpe is there even where positions are off: the published files always have it
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(c.vocab_size, c.d_model),
-            wpe=nn.Embedding(c.block_size, c.d_model if c.d_pos_emb is None else c.d_pos_emb),
+            wte=Embedding(c.vocab_size, c.d_model),
+            wpe=Embedding(c.block_size, c.d_model if c.d_pos_emb is None else c.d_pos_emb),
             h=nn.ModuleList(Block(c, i) for i in range(c.n_layer)),
             ln_f=_norm(c, c.d_model),
         ))
@@ -353,6 +403,8 @@ class GPT(nn.Module):
         """GPT-2's: normal, narrower where the stream is written to; biases and bigrams at zero."""
         c = self.config
         for name, p in self.named_parameters():
+            if p.is_meta:  # to be loaded
+                continue
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
             elif p.dim() == 2 and name != "bigram_table":
@@ -447,56 +499,76 @@ class GPT(nn.Module):
         """All node sites, in forward order: `0.attn.act_in`, `0.attn.q`, ..."""
         return [f"{i}.{site}" for i in range(self.config.n_layer) for site in SITES]
 
-    # --- the published format ----------------------------------------------------------------
+    # --- the published formats ---------------------------------------------------------------
 
-    def save(self, path: str) -> None:
-        """Write `beeg_config.json` and `final_model.pt` into the directory `path`, atomically."""
+    def save(self, path: str, format: str = "store") -> None:
+        """Write config and weights into the directory `path`, each file atomically, as the authors'
+        store has them or, with format="hub", as the hub does.
+
+        ValueError for another format, or where the hub's lacks the package safetensors.
+        """
+        if format not in LAYOUTS:
+            raise ValueError(f"format must be {' or '.join(LAYOUTS)}, not {format!r}")
+        config = asdict(self.config)
+        weights = partial(torch.save, self.state_dict())
+        if format == "hub":
+            config |= HUB_FIELDS
+            weights = _as_safetensors(self.state_dict())
+        config_name, weights_name = LAYOUTS[format]
         os.makedirs(path, exist_ok=True)
-        config = json.dumps(asdict(self.config), indent=1).encode()
-        write_atomic(os.path.join(path, "beeg_config.json"), config)
-        write_atomic(os.path.join(path, "final_model.pt"), partial(torch.save, self.state_dict()))
+        write_atomic(os.path.join(path, config_name), json.dumps(config, indent=1).encode())
+        write_atomic(os.path.join(path, weights_name), weights)
 
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> "GPT":
-        """A published model directory, or a run of ours, in eval mode.
+        """A directory in the store's layout or the hub's, or a run of ours, in eval mode.
 
-        ValueError with one line that names the keys where config or weights do not fit.
+        On a CPU its weights are the file, mapped into memory: what is written into them stays in
+        this process. ValueError with one line that names the keys where config or weights do not
+        fit.
         """
-        config_path = os.path.join(path, "beeg_config.json")
-        weights_path = os.path.join(path, "final_model.pt")
+        config = config_of(path)
+        files = weights_files(path)
+        # without memory and without values: all of them come from the file
+        with torch.device("meta"):
+            model = cls(config)
+        state = {}
+        for file in files:
+            state |= _read_weights(file)
+        own = model.state_dict()
         try:
-            with open(config_path) as f:
-                config = read_config(json.load(f))
-            state = torch.load(weights_path, map_location=device, weights_only=True)
-        except FileNotFoundError as e:
-            absent = os.path.basename(e.filename)
-            raise ValueError(f"{path} is not a model directory: {absent} is missing") from None
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{config_path} is not JSON: {e}") from None
-        except (ValueError, TypeError, AttributeError) as e:
-            raise ValueError(f"{config_path}: {e}") from None
-        except Exception as e:  # torch.load raises many kinds on a truncated or foreign file
-            raise ValueError(f"{weights_path} is truncated or not a weights file "
-                             f"({type(e).__name__})") from None
-        model = cls(config).to(device)
-        try:
-            model.load_weights(state)
+            given = model.fitted(state)
         except (ValueError, AttributeError) as e:
-            raise ValueError(f"{weights_path}: {e}") from None
-        return model.eval()
+            raise ValueError(f"{files[0]}: {e}") from None
+        for name, tensor in given.items():
+            # files hold half floats, too; where they do not, this copies nothing
+            given[name] = tensor.detach().to(own[name].dtype).contiguous()
+        model.load_state_dict(given, assign=True)
+        if config.tied_unembed:  # one tensor, not two of the same values
+            model.transformer.wte.weight = model.lm_head.weight
+        return model.to(device).eval()
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
-        """A published state dict; absent and unknown keys are a ValueError that names them."""
+        """Copy a state dict, as published, into the weights. ValueError as of `fitted`."""
+        self.load_state_dict(self.fitted(state))
+
+    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict under the names of this model's own, whole. ValueError that names
+        the weights that are absent, unknown or of another shape."""
         own = self.state_dict()
         given = {}
         for name, tensor in state.items():
-            # prefixes that wrappers leave in the names, in the order in which they were wrapped
-            while name.startswith(("module.", "_orig_mod.")):
+            while name.startswith(PREFIXES):
                 name = name.split(".", 1)[1]
             if not name.endswith(".attn.bias"):  # an old causal-mask buffer
                 given[name] = tensor
-        if "final_logits_bias" not in given:  # absent from some published files
-            given["final_logits_bias"] = own["final_logits_bias"]
+        # what some published files leave out
+        given.setdefault("final_logits_bias", torch.zeros(self.config.vocab_size))
+        tied = ("lm_head.weight", "transformer.wte.weight")
+        if self.config.tied_unembed:
+            for name, other in (tied, tied[::-1]):
+                if name not in given and other in given:
+                    given[name] = given[other]
 
         unknown = sorted(given.keys() - own.keys())
         if unknown:
@@ -508,29 +580,130 @@ class GPT(nn.Module):
             if tensor.shape != given[name].shape:
                 raise ValueError(f"{name} has shape {tuple(given[name].shape)}, "
                                  f"the config asks for {tuple(tensor.shape)}")
-        self.load_state_dict(given)
+        return given
 
+
+# --- a model's directory -------------------------------------------------------------------------
 
 def read_config(raw: dict) -> GPTConfig:
-    """The dict of a `beeg_config.json` -> GPTConfig. Old names are understood; unknown keys are a
-    ValueError that names them."""
-    if raw.get("use_tied_aux_matrix"):
-        raise ValueError("use_tied_aux_matrix must be false: no published code computes it")
+    """The dict of a published config -> GPTConfig. Old names are understood, a null is as if the
+    key were not there, and other keys pass or not by the rule above.
+
+    ValueError that names the keys which are refused, of another type, or contradict each other.
+    """
+    kinds = {f.name: get_args(f.type) or (f.type,) for f in fields(GPTConfig)}
     given = {}
+    refused = []
+    unknown = []
     for key, value in raw.items():
-        if key not in IGNORED_KEYS and key != "use_tied_aux_matrix":
-            given[RENAMED_KEYS.get(key, key)] = value
-    unknown = sorted(given.keys() - {f.name for f in fields(GPTConfig)})
+        name = RENAMED_KEYS.get(key, key)
+        if name in kinds:
+            if value is None:
+                continue
+            # JSON has 0 for 0.0; type(), because true is an int as well
+            if type(value) not in kinds[name] and not (type(value) is int and float in kinds[name]):
+                wanted = kinds[name][0].__name__
+                raise ValueError(f"{key} must be of type {wanted}, not {value!r}")
+            if given.setdefault(name, value) != value:
+                raise ValueError(f"{key} is {value}, but another name of it says {given[name]}")
+        elif not value:
+            continue
+        elif key in NOT_COMPUTED:
+            refused.append(key)
+        elif TRAINING.isdisjoint(key.split("_")) and key not in OTHER_PROGRAMS and key[:1] != "_":
+            unknown.append(key)  # a leading underline: private to the program that wrote it
+    if refused:
+        raise ValueError(f"{', '.join(sorted(refused))}: no published code computes what this "
+                         "changes in the forward pass")
     if unknown:
-        raise ValueError(f"unknown config keys: {', '.join(unknown)}")
+        raise ValueError(f"unknown config keys: {', '.join(sorted(unknown))}; take them out if the "
+                         "forward pass does without")
+    for name in SIZES:
+        if name not in given and any(RENAMED_KEYS.get(key, key) == name for key in raw):
+            raise ValueError(f"{name} is null")
     return GPTConfig(**given)
 
 
+def layout_of(directory: str) -> str:
+    """`store` or `hub`, by the config that is there. ValueError where there is none."""
+    for layout, (config, _) in LAYOUTS.items():
+        if os.path.exists(os.path.join(directory, config)):
+            return layout
+    raise ValueError(f"{directory} is not a model directory: beeg_config.json is missing, and so "
+                     "is the hub's config.json")
+
+
+def config_of(directory: str) -> GPTConfig:
+    """The config of a model directory. ValueError, in one line, where it is none of ours."""
+    path = os.path.join(directory, LAYOUTS[layout_of(directory)][0])
+    try:
+        with open(path, encoding="utf-8") as f:
+            return read_config(json.load(f))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    except (ValueError, TypeError, AttributeError, OSError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def weights_files(directory: str) -> list[str]:
+    """The file of a model directory's weights, or the several of a large snapshot. ValueError where
+    one is missing."""
+    layout = layout_of(directory)
+    names = [LAYOUTS[layout][1]]
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if layout == "hub" and os.path.exists(index):
+        try:
+            with open(index, encoding="utf-8") as f:
+                names = sorted(set(json.load(f)["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise ValueError(f"{index} is not an index of weights ({type(e).__name__})") from None
+    for name in names:
+        if not os.path.exists(os.path.join(directory, name)):
+            raise ValueError(f"{directory} is not a model directory: {name} is missing")
+    return [os.path.join(directory, name) for name in names]
+
+
 def weights_hash(directory: str) -> str:
-    """sha256 of a model directory's weights, by which a circuit knows its model."""
-    # of the file, not of the tensors: quick, and any tool can check it
-    with open(os.path.join(directory, "final_model.pt"), "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """sha256 of a model directory's weights file, by which a circuit knows its model; of several
+    files, that of their hashes. It reads all of it: about 0.7 s a GB."""
+    # of the file, not of the tensors: any tool can check it
+    hashes = []
+    for file in weights_files(directory):
+        with open(file, "rb") as f:
+            hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _read_weights(file: str) -> dict[str, Tensor]:
+    """A state dict on the CPU, mapped into memory and read where it is used. ValueError where the
+    file is no such thing."""
+    if file.endswith(".safetensors"):
+        load = _safetensors().load_file
+    else:
+        # copied on write, so that the file stays as it is; files of old PyTorch cannot be mapped
+        mapped = zipfile.is_zipfile(file)
+        load = partial(torch.load, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        return load(file)
+    except Exception as e:  # both raise many kinds on a truncated or foreign file
+        raise ValueError(f"{file} is truncated or not a weights file "
+                         f"({type(e).__name__})") from None
+
+
+def _as_safetensors(state: dict[str, Tensor]) -> bytes:
+    # copies, because the format knows no two names of one tensor
+    tensors = {HUB_PREFIX + name: t.detach().cpu().clone() for name, t in state.items()}
+    return _safetensors().save(tensors, {"format": "pt"})  # the hub's programs look for this mark
+
+
+def _safetensors():
+    """safetensors.torch, which only the hub's layout needs."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("model.safetensors needs the package safetensors: "
+                         "pip install -r requirements-extra.txt") from None
+    return safetensors.torch
 
 
 def device_of(name: str) -> str:

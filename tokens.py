@@ -2,7 +2,8 @@
 
 - `read_data`: both files and what meta.json says of them, checked against each other.
 - `inputs_and_targets`: windows for training and evaluation.
-- `random_windows`: a sample of the data, for means and for other references.
+- `random_windows`: a sample of the data, for means and for other references; `window_of`: how long
+  its windows should be for a model.
 - `bigram_log_probs`: what the next token is if only the current one is known.
 
 What is wrong with a file is a ValueError of one line that says how to get a good one.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 PREPARE = "run python data/tinypython/prepare.py"
+PUBLISHED_WINDOW = 256  # what the published models were trained on, whatever they could take
 WINDOWS_A_BATCH = 32  # of `random_windows`: few enough for a large model on a laptop
 
 
@@ -101,6 +103,19 @@ def tokenizer_of(model_dir: str) -> str:
     return read_toml(path).get("tokenizer_hash", "") if os.path.exists(path) else ""
 
 
+def check_tokenizer(folder: str, tokenizer_hash: str) -> None:
+    """ValueError where meta.json says that the data of `folder` have the ids of another tokenizer:
+    with as many tokens, they would be read without complaint. Without one, nobody knows."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            prepared_with = json.load(f).get("tokenizer_hash", "")
+    except (OSError, ValueError, AttributeError):
+        return
+    if prepared_with not in ("", tokenizer_hash):
+        raise ValueError(f"{folder} was prepared with another tokenizer than the model's; "
+                         f"{PREPARE} --out=FOLDER --tokenizer=TOKENIZER and give --data=FOLDER")
+
+
 def fingerprint(ids: np.ndarray) -> str:
     """Tells data from other data without reading all of it: its length and 256 pieces."""
     starts = np.linspace(0, max(0, len(ids) - 2048), 256).astype(np.int64)
@@ -135,9 +150,13 @@ def random_windows(
     """About `n_tokens` tokens of a file as batches (up to 32, block_size) of ids, int64.
 
     Windows start anywhere and may overlap. ValueError as of `read_tokens`, and where the file is
-    shorter than a window.
+    shorter than a window, or than the meta.json beside it says.
     """
     data = read_tokens(path, vocab_size)
+    folder, name = os.path.split(path)
+    meta_path = os.path.join(folder, "meta.json")
+    if name in ("train.bin", "val.bin") and os.path.exists(meta_path):
+        _check_count(folder, name.removesuffix(".bin"), len(data), _read_meta(meta_path))
     if len(data) < block_size:
         raise ValueError(
             f"{path} has {len(data)} tokens, fewer than one block of {block_size}; "
@@ -150,6 +169,23 @@ def random_windows(
     for i in range(0, n_windows, WINDOWS_A_BATCH):
         rows = np.stack([data[s : s + block_size] for s in starts[i : i + WINDOWS_A_BATCH]])
         yield torch.from_numpy(rows.astype(np.int64)).to(device)
+
+
+def window_of(model_dir: str, block_size: int, asked: int = 0) -> int:
+    """Tokens of one window of data for a model of that block_size: as many as `asked` or, of 0, as
+    it saw in training: by the train.toml of its directory or, without one, at most 256 (the
+    published models take 1,024 tokens, but past the 256 of their training they are worse).
+
+    ValueError where more is asked than the model takes.
+    """
+    if asked > block_size:
+        raise ValueError(f"window {asked} exceeds the model's block_size {block_size}")
+    if asked:
+        return asked
+    run = os.path.join(model_dir, "train.toml")
+    trained = read_toml(run).get("block_size", block_size) if os.path.exists(run) \
+        else PUBLISHED_WINDOW
+    return min(trained, block_size)
 
 
 def bigram_log_probs(train: np.ndarray, vocab: int) -> Tensor:

@@ -1,8 +1,11 @@
 """model.py: the published format in and out, every node where it should be, and a chain that is the forward pass."""
+import hashlib
 import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from config import write_atomic
-from model import GPT, GPTConfig, read_config, record
+from model import GPT, GPTConfig, read_config, record, weights_hash
 
 pytestmark = pytest.mark.usefixtures("seed")
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -55,12 +58,9 @@ def close(a, b, **tolerance):
     torch.testing.assert_close(a, b, **tolerance or dict(rtol=0, atol=1e-5))
 
 
-# --- the published format ----------------------------------------------------------------------
+# --- the published formats ---------------------------------------------------------------------
 
-def raw_fixture(name):
-    folder = FIXTURES / name
-    return (json.loads((folder / "beeg_config.json").read_text()),
-            *(torch.load(folder / f, weights_only=True) for f in ("final_model.pt", "expected.pt")))
+PUBLISHED = ["published_format/sink_bigram", "published_format/concat_positions", "hub_format/sink_bigram"]
 
 
 def write(folder, config, state):
@@ -70,40 +70,14 @@ def write(folder, config, state):
     return str(folder)
 
 
-def recover_qkv_bias(weight, nodes, layer):
-    """The bias that a fixture's file lacks, read off the recorded q, k and v.
-
-    Where AbsTopK kept a channel, it shows itself. A channel that was never kept stayed below the
-    smallest kept magnitude everywhere: any bias that leaves it there gives the recorded values.
-    """
-    product = (nodes[f"{layer}.attn.act_in"] @ weight.T).flatten(0, 1)                     # (B * T, 3 * H * d_head)
-    seen = torch.stack([nodes[f"{layer}.attn.{z}"] for z in "qkv"], -2).flatten(0, 1)      # (B * T, 3, H * d_head)
-    smallest = seen.abs().where(seen != 0, math.inf).amin(-1, keepdim=True).expand_as(seen).flatten(1)
-    low, high = (-smallest - product).amax(0), (smallest - product).amin(0)
-    shown = (seen.flatten(1) - product).where(seen.flatten(1) != 0, math.nan).nanmedian(0).values
-    assert (low < high)[shown.isnan()].all()
-    return torch.where(shown.isnan(), (low + high) / 2, shown)
-
-
-def recovered_fixture(name, folder):
-    """config, state dict and expected values of a fixture, with the weights that its file lacks filled in."""
-    config, state, expected = raw_fixture(name)
-    for layer in range(config["n_layer"]):
-        key = f"transformer.h.{layer}.attn.c_attn"
-        state[f"{key}.bias"] = recover_qkv_bias(state[f"{key}.weight"], expected["nodes"], layer)
-    if "final_logits_bias" not in state:  # one vector, whatever the position
-        with torch.no_grad():
-            logits = GPT.load(write(folder, config, state))(expected["idx"])[0]
-        state["final_logits_bias"] = (expected["logits"] - logits).mean((0, 1))
-    return config, state, expected
-
-
 @pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("name", ["sink_bigram", "concat_positions"])
-def test_fixture_gives_the_authors_logits_loss_and_every_site(name, flash, tmp_path):
-    config, state, expected = recovered_fixture(name, tmp_path)
-    model = GPT.load(write(tmp_path, {**config, "flash": flash}, state))
-    seen = {}
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fixture_gives_the_authors_logits_loss_and_every_site(name, flash):
+    if name.startswith("hub"):
+        pytest.importorskip("safetensors")
+    model = GPT.load(str(FIXTURES / name))
+    model.config.flash = flash
+    expected, seen = torch.load(FIXTURES / name / "expected.pt", weights_only=True), {}
     with torch.no_grad():
         logits, loss = model(expected["idx"], expected["targets"], nodes=record(seen))
     close(logits, expected["logits"])
@@ -113,11 +87,12 @@ def test_fixture_gives_the_authors_logits_loss_and_every_site(name, flash, tmp_p
         close(seen[site], want, rtol=0, atol=1e-5, msg=lambda m: f"{site}: {m}")
 
 
-@pytest.mark.parametrize("name", ["sink_bigram", "concat_positions"])
-def test_load_names_every_weight_that_a_file_lacks(name):
+def test_load_names_every_weight_that_a_file_lacks(tmp_path):
+    model = build()
+    state = {n: p for n, p in model.state_dict().items() if "c_attn.bias" not in n}
     with pytest.raises(ValueError) as e:
-        GPT.load(str(FIXTURES / name))
-    assert str(e.value).count("c_attn.bias") == raw_fixture(name)[0]["n_layer"]
+        GPT.load(write(tmp_path, asdict(model.config), state))
+    assert str(e.value).count("c_attn.bias") == 2
     assert "transformer.h.1.attn.c_attn.bias" in str(e.value) and "\n" not in str(e.value)
 
 
@@ -136,26 +111,84 @@ def test_final_logits_bias_is_zeros_where_a_file_has_none(tmp_path):
     assert not GPT.load(write(tmp_path, asdict(model.config), state)).final_logits_bias.any()
 
 
+# as the published configs of sparse and of dense models are written; sizes of our own
+SPARSE = dict(
+    block_size=64, vocab_size=32, n_layer=2, n_head=4, d_head=4, d_model=16, dropout=0.0, bias=True, ln_bias=True,
+    rms_norm=True, residual_activation_type="identity", activation_type="gelu", afrac=0.25,
+    afrac_loctypes="attn_in,attn_out,mlp_in,mlp_out,mlp_neuron,attn_v", afrac_approx=False, enable_sparse_kernels=False,
+    ignore_dw_grad=False, debug_nans=False, tied_unembed=False, bigram_table_rank=None, tokenizer_name="tinypython_2k",
+    pfrac=0.125, expansion_factor=1, expansion_factor_mlp=1, debug_exact_topk=True, grad_checkpointing=True,
+    sparse_matmul_impl="cuda", d_mlp=64, flash=True, enable_bigram_table=True, learnable_bigram_table=True,
+    d_pos_emb=None, sink=True, rtopk=False, n_embd=None)
+DENSE = {k: v for k, v in SPARSE.items() if k not in ("afrac_loctypes", "afrac_approx", "tokenizer_name", "sink", "rtopk")}
+DENSE |= dict(afrac=None, pfrac=16)
+HUB = SPARSE | dict(
+    architectures=["CircuitGPTForCausalLM"], auto_map={"AutoConfig": "config.CircuitGPTConfig"}, model_type="circuitgpt",
+    dtype="float32", transformers_version="4.49.0", bos_token_id=None, eos_token_id=31, is_decoder=True, use_cache=False,
+    max_position_embeddings=64, hidden_size=16, num_hidden_layers=2, _name_or_path="x", unembed_rank=None, mup=False,
+    mup_width_multiplier=None, enable_fp8_linear=False, scale_invariance=False, afrac_ste=True, afrac_ste_only_non_neurons=False)
+
+
+@pytest.mark.parametrize("raw", [SPARSE, DENSE, HUB], ids=["sparse", "dense", "hub"])
+def test_published_configs_are_read(raw):
+    config = asdict(read_config(raw))
+    assert config == {**asdict(GPTConfig()), **{k: v for k, v in raw.items() if k in config}}
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
+def test_a_key_that_is_off_passes_whatever_it_is(value):
+    assert read_config(SPARSE | dict(spam=value, rtopk=value, mup=value)) == read_config(SPARSE)
+
+
+@pytest.mark.parametrize("key, value", [("rtopk", True), ("afrac_approx", True), ("mup", True), ("mup_width_multiplier", 8.0),
+                                        ("scale_invariance", True), ("enable_fp8_linear", True), ("unembed_rank", 64),
+                                        ("bigram_table_rank", 64), ("use_tied_aux_matrix", True)])
+def test_what_would_change_the_forward_pass_is_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=rf"^{key}: no published code"):
+        read_config(HUB | {key: value})
+
+
+@pytest.mark.parametrize("key, value", [("afrac_ste", True), ("learning_rate", 0.01), ("max_steps", 9), ("weight_decay", 0.1),
+                                        ("wandb_run", "x"), ("_attn_implementation", "eager"), ("num_beams", 1)])
+def test_training_and_other_programs_are_no_concern_of_a_forward_pass(key, value):
+    assert read_config(HUB | {key: value}) == read_config(HUB)
+
+
 def test_unknown_config_keys_are_refused_by_name(tmp_path):
     model = build()
-    with pytest.raises(ValueError, match="n_haed.*spam|spam.*n_haed"):
+    with pytest.raises(ValueError, match="n_haed.*spam"):
         GPT.load(write(tmp_path, {**asdict(model.config), "spam": 1, "n_haed": 2}, model.state_dict()))
 
 
 def test_old_config_keys_are_understood():
-    config = read_config(dict(n_embd=24, n_head=3, n_mlp=40, n_layer=1, use_tied_aux_matrix=False, bigram_table_rank=7,
-                              pfrac=None, expansion_factor=1))
-    assert (config.d_model, config.d_mlp, config.d_head) == (24, 40, 8)
+    old = dict(n_embd=24, n_head=3, n_mlp=40, n_layer=1, use_tied_aux_matrix=False, pfrac=None, expansion_factor=1)
+    for raw in (old, old | dict(d_model=None), old | dict(d_model=24)):
+        config = read_config(raw)
+        assert (config.d_model, config.d_mlp, config.d_head) == (24, 40, 8)
+    with pytest.raises(ValueError, match="d_model"):
+        read_config(old | dict(d_model=48))
+
+
+@pytest.mark.parametrize("raw", [dict(d_model=None), dict(d_model=None, n_embd=None), dict(n_embd=None)])
+def test_a_width_that_is_null_under_each_of_its_names_is_an_error(raw):
+    with pytest.raises(ValueError, match="d_model is null"):
+        read_config(raw)
+
+
+def test_nulls_are_as_if_they_were_not_there():
+    raw = dict.fromkeys(["dropout", "flash", "sink", "d_head", "d_mlp", "tokenizer_name", "afrac_loctypes"])
+    assert read_config(raw) == GPTConfig()
+
+
+@pytest.mark.parametrize("key, value", [("flash", 1), ("n_layer", 2.0), ("n_layer", True), ("d_mlp", "4"), ("afrac", "a")])
+def test_a_value_of_another_type_is_an_error_that_names_its_key(key, value):
+    with pytest.raises(ValueError, match=key):
+        read_config({key: value})
 
 
 def test_absent_widths_follow_from_d_model():
     config = read_config(dict(d_model=48, n_head=4, n_layer=1))
     assert (config.d_head, config.d_mlp) == (12, 192)
-
-
-def test_a_tied_aux_matrix_is_refused():
-    with pytest.raises(ValueError, match="use_tied_aux_matrix"):
-        read_config(dict(use_tied_aux_matrix=True))
 
 
 @pytest.mark.parametrize("wrong", [dict(d_head=0), dict(n_layer=0), dict(afrac=0.0), dict(afrac=0.01), dict(afrac=1.5),
@@ -166,10 +199,20 @@ def test_a_config_that_makes_no_model_is_a_value_error(wrong):
         replace(USUAL, **wrong)
 
 
+@pytest.fixture(params=["store", "hub"])
+def layout(request):
+    if request.param == "hub":
+        pytest.importorskip("safetensors")
+    return request.param
+
+
+WEIGHTS = {"store": "final_model.pt", "hub": "model.safetensors"}
+
+
 @CONFIGS
-def test_save_and_load_are_bitwise_inverse(config, tmp_path):
+def test_save_and_load_are_bitwise_inverse(config, layout, tmp_path):
     model = build(config)
-    model.save(str(tmp_path))
+    model.save(str(tmp_path), layout)
     again = GPT.load(str(tmp_path))
     assert again.config == model.config and again.state_dict().keys() == model.state_dict().keys()
     for name, p in model.state_dict().items():
@@ -196,12 +239,157 @@ def test_a_saved_config_has_only_published_keys(config, tmp_path):
     assert set(json.loads((tmp_path / "beeg_config.json").read_text())) <= PUBLISHED_KEYS
 
 
-def test_truncated_weights_are_one_line(tmp_path, seed):
-    build().save(str(tmp_path))
-    whole = (tmp_path / "final_model.pt").read_bytes()
+def test_the_hubs_layout_is_as_the_hub_has_it(tmp_path):
+    safe = pytest.importorskip("safetensors.torch")
+    build().save(str(tmp_path), "hub")
+    theirs = FIXTURES / "hub_format" / "sink_bigram"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    names = lambda folder: {n.replace(".h.0.", ".h.1.") for n in safe.load_file(folder / "model.safetensors")}
+    assert names(tmp_path) == {n for n in names(theirs) if "ln_p" not in n}  # ours has no positions beside the reads
+    with safe.safe_open(tmp_path / "model.safetensors", "pt") as ours, safe.safe_open(theirs / "model.safetensors", "pt") as f:
+        assert ours.metadata() == f.metadata()
+    want = json.loads((theirs / "config.json").read_text())
+    for key in ("architectures", "model_type", "dtype"):
+        assert json.loads((tmp_path / "config.json").read_text())[key] == want[key]
+    with pytest.raises(ValueError, match="store or hub"):
+        build().save(str(tmp_path), "onnx")
+
+
+def test_the_hubs_layout_without_safetensors_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not there
+    for do in (lambda: GPT.load(str(FIXTURES / "hub_format" / "sink_bigram")), lambda: build().save(str(tmp_path), "hub")):
+        with pytest.raises(ValueError, match="pip install -r requirements-extra.txt") as e:
+            do()
+        assert "\n" not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_snapshot_of_links_and_several_files_is_one_model(tmp_path):
+    safe = pytest.importorskip("safetensors.torch")
+    model = build()
+    model.save(str(tmp_path / "whole"), "hub")
+    state = safe.load_file(tmp_path / "whole" / "model.safetensors")
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    snapshot.mkdir(), blobs.mkdir()
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(state.items())[i::2]) for i in range(2)}
+    for i, (name, part) in enumerate(parts.items()):
+        safe.save_file(part, blobs / str(i))
+        (snapshot / name).symlink_to(blobs / str(i))
+    (snapshot / "config.json").symlink_to(tmp_path / "whole" / "config.json")
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    idx = tokens(model)
+    assert torch.equal(GPT.load(str(snapshot))(idx)[0], model(idx)[0])
+    before = weights_hash(str(snapshot))
+    (blobs / "1").write_bytes((blobs / "0").read_bytes())
+    assert weights_hash(str(snapshot)) != before
+    (snapshot / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing"):
+        GPT.load(str(snapshot))
+
+
+def test_the_hash_is_that_of_the_weights_file(layout, tmp_path):
+    build().save(str(tmp_path), layout)
+    assert weights_hash(str(tmp_path)) == hashlib.sha256((tmp_path / WEIGHTS[layout]).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_floats(dtype, layout, tmp_path):
+    model = build()
+    model.load_weights({n: p.to(dtype) for n, p in model.state_dict().items()})  # what that precision can hold
+    model.save(str(tmp_path), layout)
+    if layout == "hub":
+        safe = pytest.importorskip("safetensors.torch")
+        state = safe.load_file(tmp_path / WEIGHTS[layout])
+        safe.save_file({n: p.to(dtype) for n, p in state.items()}, tmp_path / WEIGHTS[layout])
+    else:
+        torch.save({n: p.to(dtype) for n, p in model.state_dict().items()}, tmp_path / WEIGHTS[layout])
+    again, idx = GPT.load(str(tmp_path)), tokens(model)
+    assert {p.dtype for p in again.state_dict().values()} == {torch.float32}
+    assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+def test_weights_of_another_layout_in_memory_are_made_plain(tmp_path):
+    model = build()
+    state = model.state_dict()
+    state["lm_head.weight"] = state["lm_head.weight"].T.contiguous().T
+    again = GPT.load(write(tmp_path, asdict(model.config), state))
+    assert again.lm_head.weight.is_contiguous() and torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_file_of_an_old_pytorch_is_read(tmp_path):
+    model = build()
+    model.save(str(tmp_path))
+    torch.save(model.state_dict(), tmp_path / "final_model.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(GPT.load(str(tmp_path)).bigram_table, model.bigram_table)
+
+
+def test_one_of_two_tied_tensors_is_enough(tmp_path):
+    model = build(EVERY_OPTION)
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        state = model.state_dict()
+        del state[name]
+        again = GPT.load(write(tmp_path, asdict(model.config), state))
+        assert torch.equal(again.transformer.wte.weight, model.lm_head.weight)
+        assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_a_loaded_model_can_be_trained_and_its_file_stays_as_it_is(layout, tmp_path):
+    build().save(str(tmp_path), layout)
+    before = weights_hash(str(tmp_path))
+    model, other = GPT.load(str(tmp_path)), GPT.load(str(tmp_path))
+    assert all(p.requires_grad for p in model.parameters())
+    model(tokens(model), tokens(model))[1].backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
+    assert weights_hash(str(tmp_path)) == before
+
+
+def test_a_loaded_model_outlives_its_file(layout, tmp_path):
+    build().save(str(tmp_path), layout)
+    model = GPT.load(str(tmp_path))
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    again = GPT.load(str(tmp_path))
+    build().save(str(tmp_path), layout)
+    assert all(torch.equal(p, before[n]) for n, p in again.state_dict().items())
+    (tmp_path / WEIGHTS[layout]).unlink()
+    assert all(torch.equal(p, before[n]) for n, p in again.state_dict().items())
+
+
+def test_load_weights_copies(tmp_path):
+    model, state = build(), build().state_dict()
+    model.load_weights(state)
+    kept = model.lm_head.weight.clone()
+    state["lm_head.weight"].zero_()
+    assert torch.equal(model.lm_head.weight, kept) and kept.any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_loading_reads_no_weights_before_they_are_used(tmp_path):
+    build(vocab_size=4000).save(str(tmp_path))  # a bigram table of 64 MB
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from model import GPT
+GPT.load({str(FIXTURES / "published_format" / "sink_bigram")!r})  # whatever comes with the first
+pages = lambda: int(open("/proc/self/statm").read().split()[1])  # resident, of mostly 4 KB
+before = pages()
+model = GPT.load({str(tmp_path)!r})
+print(pages() - before)
+assert model.bigram_table.sum() != 0
+print(pages() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    loaded, used = map(int, out.split())
+    assert loaded < used / 3
+
+
+def test_truncated_weights_are_one_line(layout, tmp_path, seed):
+    build().save(str(tmp_path), layout)
+    whole = (tmp_path / WEIGHTS[layout]).read_bytes()
     for size in (0, 1, 10, random.Random(seed).randrange(11, len(whole)), len(whole) // 2, len(whole) - 1):
-        (tmp_path / "final_model.pt").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="final_model.pt") as e:
+        (tmp_path / WEIGHTS[layout]).write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=WEIGHTS[layout]) as e:
             GPT.load(str(tmp_path))
         assert "\n" not in str(e.value)
 
@@ -365,9 +553,11 @@ def test_positions_are_added_to_the_embedding_or_concatenated_to_each_read():
         assert seen[site].shape[-1] == 26 and torch.equal(seen[site][..., 20:], want.expand(2, -1, -1))
 
 
-def test_sinusoidal_positions_are_not_trained_and_tell_every_position_apart():
+def test_sinusoidal_positions_are_not_trained_and_tell_every_position_apart(tmp_path):
     model = GPT(EVERY_OPTION)
+    model.save(str(tmp_path))
     assert not model.transformer.wpe.weight.requires_grad
+    assert not GPT.load(str(tmp_path)).transformer.wpe.weight.requires_grad
     assert torch.pdist(model.transformer.wpe.weight).min() > 1e-3
 
 

@@ -19,7 +19,10 @@ import pytest
 
 from data.tinypython.idioms import programs
 from data.tinypython.prepare import real_code
-from data.tinypython.tokenizer import DEFAULT, EOT, EOT_ID, load_tokenizer
+from data.tinypython.tokenizer import (
+    DEFAULT, EOT, EOT_ID, PATTERN, load_tokenizer, tokenizer_hash, tokenizer_in)
+from model import GPT, GPTConfig
+from tasks import load_model
 from tokens import read_data
 
 ROOT = Path(__file__).resolve().parent.parent / "data" / "tinypython"
@@ -137,29 +140,142 @@ def test_eot_is_2047_and_the_last_id(tokenizer):
     assert tokenizer.n_vocab == 2048
 
 
-def test_a_published_directory_gives_the_same_ids(tokenizer, tmp_path):
+START = "<|startoftext|>"
+
+
+def spelled(token):
+    """A token as GPT-2's files write it."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return "".join(character[b] for b in token)
 
-    def spell(token):
-        return "".join(character[b] for b in token)
 
-    ranks = tokenizer._mergeable_ranks
-    encoder = {spell(t): r for t, r in ranks.items()} | {EOT: EOT_ID}
-    (tmp_path / "encoder.json").write_text(json.dumps(encoder))
+@pytest.fixture(scope="module")
+def published(tokenizer):
+    """Our tokens less the last one, as the authors have theirs: vocabulary, merges, special tokens."""
+    ranks = {t: r for t, r in tokenizer._mergeable_ranks.items() if r < 2046}
     merges = []
     for t in sorted(ranks, key=ranks.get):
         halves = [(t[:i], t[i:]) for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks]
         if len(t) > 1:
-            left, right = halves[0]
-            merges.append(f"{spell(left)} {spell(right)}")
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    text = Path(__file__).read_text()
-    assert load_tokenizer(tmp_path).encode_ordinary(text) == tokenizer.encode_ordinary(text)
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(reversed(merges)) + "\n")
+            merges.append([spelled(half) for half in halves[0]])
+    return {spelled(t): r for t, r in ranks.items()}, merges, {START: 2046, EOT: 2047}
+
+
+def write_store(folder, vocabulary, merges, special, head="# BPE Encoder v3"):
+    (folder / "encoder.json").write_text(json.dumps(vocabulary | special))
+    lines = [head, *(" ".join(merge) for merge in merges)]
+    (folder / "vocab.bpe").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def write_hub(folder, vocabulary, merges, special, **other):
+    added = [{"id": i, "content": t, "special": True} for t, i in special.items()]
+    content = {
+        "version": "1.0", "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]},
+        "model": {"type": "BPE", "byte_fallback": False, "vocab": vocabulary, "merges": merges}} | other
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def check_published(got, tokenizer):
+    """2,046 tokens of BPE and both special ones; text as by ours, whose last token is another."""
+    assert got.n_vocab == 2048 and len(got._mergeable_ranks) == 2046
+    assert got.eot_token == 2047 and got.decode([2046, 2047]) == START + EOT
+    assert got.encode(START + EOT, allowed_special="all") == [2046, 2047]
+    for text in ("print('a b')\nxs = [[3, 1], [4, 1]]\n" * 3, "ä漢🙂\u2028\x85", START + EOT):
+        ids = got.encode_ordinary(text)
+        assert got.decode(ids) == text and max(ids) < 2046
+        assert ids == tokenizer.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("head", ["# BPE Encoder v3", "#version: 0.2"])
+def test_the_stores_folder_gives_its_ids_and_both_special_tokens(tokenizer, published, head, tmp_path):
+    write_store(tmp_path, *published, head)
+    check_published(load_tokenizer(tmp_path), tokenizer)
+    assert tokenizer_in(tmp_path) == str(tmp_path)
+    (tmp_path / "vocab.bpe").unlink()
+    assert tokenizer_in(tmp_path) is None
+    with pytest.raises(ValueError, match="vocab.bpe does not exist"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("as_pairs", [True, False])
+@pytest.mark.parametrize("in_vocabulary", [True, False])
+def test_the_hubs_file_gives_its_ids_and_both_special_tokens(tokenizer, published, as_pairs, in_vocabulary, tmp_path):
+    vocabulary, merges, special = published
+    if in_vocabulary:  # special tokens may stand there as well
+        vocabulary = vocabulary | special
+    write_hub(tmp_path, vocabulary, merges if as_pairs else [" ".join(m) for m in merges], special)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        check_published(load_tokenizer(path), tokenizer)
+    assert tokenizer_in(tmp_path) == str(tmp_path)
+    assert tokenizer_hash(tmp_path) == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("pre_tokenizer, cuts", [
+    ({"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": r"\s|\S+"}}, BYTES]}, False),
+    ({"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": "."}}, BYTES]}, True),
+    (BYTES | {"use_regex": True}, False), (None, False)])  # no pattern: the published one
+def test_the_hubs_file_says_how_text_is_cut(published, pre_tokenizer, cuts, tmp_path):
+    write_hub(tmp_path, *published, pre_tokenizer=pre_tokenizer)
+    assert len(load_tokenizer(tmp_path).encode_ordinary("]]")) == (2 if cuts else 1)
+
+
+def test_a_published_models_own_tokenizer_takes_the_place_of_the_default(published, tmp_path):
+    GPT(GPTConfig(vocab_size=2048, block_size=4, n_layer=1, n_head=1, d_model=4)).save(str(tmp_path))
+    assert load_model(str(tmp_path), str(DEFAULT))[1].decode([2046]) != START
+    write_hub(tmp_path, *published)
+    assert load_model(str(tmp_path), str(DEFAULT))[1].decode([2046]) == START
+    assert load_model(str(tmp_path), os.path.relpath(DEFAULT))[1].decode([2046]) == START
+    other = shutil.copy(DEFAULT, tmp_path / "other.tiktoken")  # asked for by name
+    assert load_model(str(tmp_path), str(other))[1].decode([2046]) != START
+
+
+def test_the_end_of_text_is_where_the_file_has_it(published, tmp_path):
+    vocabulary, merges, _ = published
+    behind = {token: rank + 2 for token, rank in vocabulary.items()}
+    write_store(tmp_path, behind, merges, {EOT: 0, START: 1})
+    got = load_tokenizer(tmp_path)
+    assert (got.eot_token, got.n_vocab) == (0, 2048) and got.encode_ordinary("]]") == [behind["]]"]]
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(normalizer={"type": "NFC"}), "normalizer"), (dict(model={"type": "WordPiece", "vocab": {}}), "byte-level BPE"),
+    (dict(pre_tokenizer=BYTES | {"add_prefix_space": True}), "add_prefix_space"), (dict(model={"type": "BPE"}), "merges"),
+    (dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT, SPLIT]}), "two patterns"),
+    (dict(pre_tokenizer={"type": "Digits"}), "Digits"), (dict(added_tokens=[{"content": EOT, "id": 7}]), "distinct"),
+    (dict(model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}), "'ab'"),
+    (dict(model={"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}), "byte")])
+def test_a_hubs_file_that_needs_more_is_one_line_that_says_what(published, change, said, tmp_path):
+    write_hub(tmp_path, *published, **change)
+    with pytest.raises(ValueError, match=said) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_merges_in_another_order_than_their_ids_are_refused(published, tmp_path):
+    vocabulary, merges, special = published
+    write_store(tmp_path, vocabulary, merges[::-1], special)
     with pytest.raises(ValueError, match="order"):
         load_tokenizer(tmp_path)
+
+
+def test_data_end_each_document_with_the_tokenizers_own_end(published, tmp_path):
+    vocabulary, merges, _ = published
+    write_store(tmp_path, {token: rank + 2 for token, rank in vocabulary.items()}, merges, {EOT: 0, START: 1})
+    (tmp_path / "code").mkdir()
+    out = tmp_path / "out"
+    options = ["--tokens=3000", "--idioms=1", "--val=0.1", f"--source={tmp_path / 'code'}"]
+    command = [sys.executable, ROOT / "prepare.py", f"--out={out}", f"--tokenizer={tmp_path}", *options]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    meta, ids = json.loads((out / "meta.json").read_text()), tokens(out / "train.bin")
+    assert (meta["eot"], meta["vocab_size"]) == (0, 2048) and meta["tokenizer_hash"] == tokenizer_hash(tmp_path)
+    assert ids[-1] == 0 and (ids == 0).sum() == meta["documents"]["idioms"]["train"] and not (ids == 2047).any()
 
 
 def test_a_changed_tokenizer_file_is_read_anew(tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokens import fingerprint, inputs_and_targets, random_windows, read_data, read_tokens
+from tokens import (check_tokenizer, fingerprint, inputs_and_targets, random_windows, read_data, read_tokens,
+                    window_of)
 
 IDS = np.arange(1000) % 50
 
@@ -101,3 +102,31 @@ def test_a_fingerprint_tells_data_apart():
     other[1_000_000:1_020_000] = 0
     assert fingerprint(long) == fingerprint(long.copy()) != fingerprint(other)
     assert len({fingerprint(long[:n]) for n in (0, 1, 2047, 2049, 2_999_999)}) == 5
+
+
+def test_a_window_is_as_long_as_asked_or_as_in_training_or_256(tmp_path):
+    assert [window_of(str(tmp_path), size) for size in (8, 256, 1024)] == [8, 256, 256]  # no train.toml
+    assert window_of(str(tmp_path), 1024, 512) == 512
+    (tmp_path / "train.toml").write_text("block_size = 700\n")
+    assert [window_of(str(tmp_path), size) for size in (8, 700, 1024)] == [8, 700, 700]
+    assert window_of(str(tmp_path), 1024, 512) == 512
+    with pytest.raises(ValueError, match="window 1025 .* block_size 1024"):
+        window_of(str(tmp_path), 1024, 1025)
+
+
+def test_data_of_another_tokenizer_are_refused_where_meta_says_so(tmp_path):
+    check_tokenizer(folder(tmp_path), "abc")  # of data that say nothing, nothing is known
+    check_tokenizer(folder(tmp_path, tokenizer_hash="abc"), "abc")
+    with pytest.raises(ValueError, match="another tokenizer.*--tokenizer"):
+        check_tokenizer(folder(tmp_path, tokenizer_hash="xyz"), "abc")
+    (tmp_path / "meta.json").unlink()
+    check_tokenizer(str(tmp_path), "abc")
+
+
+def test_a_sample_is_not_drawn_from_a_file_that_was_cut_off(tmp_path):
+    counts = {"a": {"train": 1000, "val": 0}}
+    path = f"{folder(tmp_path, tokens=counts)}/train.bin"
+    next(random_windows(path, 50, 10, 100, 0))
+    put(path, IDS[:500])
+    with pytest.raises(ValueError, match="holds 500 uint16 tokens, but meta.json says 1000"):
+        next(random_windows(path, 50, 10, 100, 0))

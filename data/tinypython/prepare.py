@@ -41,7 +41,7 @@ sys.path.insert(0, str(HERE.parent.parent))  # run as a script, from wherever
 from config import as_script, bounded, die, parse  # noqa: E402
 from data.tinypython.idioms import programs  # noqa: E402
 from data.tinypython.tokenizer import (  # noqa: E402
-    DEFAULT, EOT_ID, load_tokenizer, tokenizer_hash)
+    DEFAULT, EOT, load_tokenizer, tokenizer_hash)
 
 THREADS = 2  # of the tokenizer: any machine has two cores
 BATCH = 64  # documents that are tokenized at once
@@ -55,7 +55,7 @@ class PrepareConfig:
     source: str = "stdlib"  # of real code: stdlib, installed, packages or a folder
     seed: int = 0  # of the idioms and of the order of documents
     val: float = bounded(0.02, above=0, below=1)  # share of the documents in val.bin
-    tokenizer: str = str(DEFAULT)  # a .tiktoken file, or a folder in the published format
+    tokenizer: str = str(DEFAULT)  # a .tiktoken file, or what a published model has
     wheels: str = str(HERE / "wheels")  # where the packages are kept
 
 
@@ -219,9 +219,10 @@ def encode(
     """One document after another until they hold `target` tokens, or no more come."""
     documents = []
     total = 0
-    start = time.time()
+    start = time.monotonic()
     said = start
     texts = iter(texts)
+    end = tokenizer.eot_token
     while total < target:
         batch = list(islice(texts, BATCH))
         if not batch:
@@ -229,14 +230,14 @@ def encode(
         encoded = tokenizer.encode_ordinary_batch(batch, num_threads=THREADS)
         for text, ids in zip(batch, encoded):
             if total < target:
-                documents.append((digest(text), np.array([*ids, EOT_ID], dtype="<u2")))
+                documents.append((digest(text), np.array([*ids, end], dtype="<u2")))
                 total += len(ids) + 1
-        if time.time() - said > 2:
-            said = time.time()
+        if time.monotonic() - said > 2:
+            said = time.monotonic()
             left = max((said - start) * (target / total - 1), 0)
             print(f"{part}: {total:,} of {target:,} tokens, {left:.0f} s left", flush=True)
 
-    took = f"{time.time() - start:.0f} s"
+    took = f"{time.monotonic() - start:.0f} s"
     print(f"{part}: {total:,} tokens in {len(documents):,} documents, {took}", flush=True)
     return documents
 
@@ -262,13 +263,15 @@ def split(documents: list[Document], val: float) -> dict[str, list[np.ndarray]]:
 
 def prepare(cfg: PrepareConfig) -> None:
     """Writes the three files. ValueError or OSError, in one line, where that is not possible."""
-    start = time.time()
+    start = time.monotonic()
     named = cfg.source in ("stdlib", "installed", "packages")
     if not named and not Path(cfg.source).is_dir():
         raise ValueError(
             f"--source={cfg.source}: not stdlib, installed, packages or a directory that exists"
         )
     tokenizer = load_tokenizer(cfg.tokenizer)
+    if EOT not in tokenizer.special_tokens_set:
+        raise ValueError(f"--tokenizer={cfg.tokenizer} has no {EOT}, which ends a document")
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # better to fail now than when all is done
@@ -276,7 +279,7 @@ def prepare(cfg: PrepareConfig) -> None:
     documents = collect(cfg, tokenizer)
     idioms = split(documents["idioms"], cfg.val)
     code = split(documents["code"], cfg.val)
-    meta = describe(cfg, idioms, code)
+    meta = describe(cfg, tokenizer, idioms, code)
     total = meta["tokens"]["idioms"]["train"] + meta["tokens"]["code"]["train"]
     share = meta["share"]
     if sum(meta["tokens"]["code"].values()) < wanted_code(cfg):
@@ -294,7 +297,7 @@ def prepare(cfg: PrepareConfig) -> None:
         "meta.json": (json.dumps(meta, indent=1) + "\n").encode(),
     })
     print(f"{cfg.out}: {total:,} tokens in train.bin ({share['idioms']:.0%} idioms), "
-          f"{sum(map(len, val)):,} in val.bin; {time.time() - start:.0f} s in all")
+          f"{sum(map(len, val)):,} in val.bin; {time.monotonic() - start:.0f} s in all")
 
 
 def wanted_code(cfg: PrepareConfig) -> int:
@@ -320,7 +323,9 @@ def collect(cfg: PrepareConfig, tokenizer: tiktoken.Encoding) -> dict[str, list[
     return {"idioms": idioms, "code": code}
 
 
-def describe(cfg: PrepareConfig, idioms: dict, code: dict) -> dict:
+def describe(
+    cfg: PrepareConfig, tokenizer: tiktoken.Encoding, idioms: dict, code: dict
+) -> dict:
     """The content of meta.json."""
     parts = {"idioms": idioms, "code": code}
     documents = {}
@@ -341,8 +346,8 @@ def describe(cfg: PrepareConfig, idioms: dict, code: dict) -> dict:
         "tokens": tokens,
         "share": {part: round(tokens[part]["train"] / total, 4) for part in parts},
         "val_parts": val_parts,
-        "vocab_size": EOT_ID + 1,
-        "eot": EOT_ID,
+        "vocab_size": tokenizer.n_vocab,
+        "eot": tokenizer.eot_token,
         "tokenizer": Path(cfg.tokenizer).name,
         "tokenizer_hash": tokenizer_hash(cfg.tokenizer),
         "seed": cfg.seed,
