@@ -13,10 +13,11 @@ import copy
 import json
 import math
 import os
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,10 +27,10 @@ from torch import Tensor
 from config import nearest, write_atomic
 from model import GPT, SITES, weights_hash
 from ops import gated
-from tasks import Pairs, Task, calibrated, loss_of, margins, unembed_last
+from tasks import Pairs, Task, calibrated, loss_of, margins
 
 Nodes = dict[str, Tensor]  # site -> one value per channel: a bool mask, a gate or a constant
-# (from site, to site) -> bool (to channels, from channels): which weights are kept
+# (from site, to site) -> a bool for each nonzero weight between them, in the order of its `Wires`
 Edges = dict[tuple[str, str], Tensor]
 
 
@@ -37,7 +38,7 @@ Edges = dict[tuple[str, str], Tensor]
 class Circuit:
     """Nodes and edges, the calibration of the answer logits, and the loss on the fitted pairs."""
     mask: Nodes
-    edges: Edges
+    edges: Edges  # those `between` its nodes
     scale: float
     shift: float
     loss: float  # nats
@@ -45,13 +46,12 @@ class Circuit:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Nodes and edges; an edge counts where both its nodes are in the circuit."""
-        between = [kept[self.mask[b]][:, self.mask[a]] for (a, b), kept in self.edges.items()]
-        return count(self.mask), sum(int(kept.sum()) for kept in between)
+        """Nodes and edges."""
+        return count(self.mask), count(self.edges)
 
 
-def count(mask: Nodes) -> int:
-    return sum(int(m.sum()) for m in mask.values())
+def count(chosen: Nodes | Edges) -> int:
+    return sum(int(x.sum()) for x in chosen.values())
 
 
 # --- running a model with nodes replaced -----------------------------------------------------
@@ -71,86 +71,170 @@ def inverse(mask: Nodes, constants: Nodes):
     return ablate({site: ~m for site, m in mask.items()}, constants)
 
 
-def finish(model: GPT, h: Tensor, pairs: Pairs, nodes=None) -> Tensor:
-    """The stream before the last sublayer (2n, T, d_model) -> the last tokens' logits (2n, vocab).
-
-    The last sublayer is an MLP, which looks at no other token: it runs there alone. So `nodes` must
-    not depend on the position.
+def run_to_last(model: GPT, pairs: Pairs, nodes=None) -> Tensor:
+    """The last tokens' logits, (2n, vocab), sooner than `last_logits`: the last sublayer is an MLP,
+    which looks at no other token, and runs there alone. So `nodes` must not depend on the position.
     """
-    last = model.sublayers[-1]
-    if model.config.d_pos_emb is not None:  # positions are read by their place in the sequence
-        return unembed_last(model, last(h, nodes), pairs)
+    h = model.embed(pairs.ids)
+    for sublayer in model.sublayers[:-1]:
+        h = sublayer(h, nodes)
     rows = torch.arange(len(h), device=h.device)
-    h = last(h[rows, pairs.last].unsqueeze(1), nodes)
-    return model.unembed(h, pairs.ids[rows, pairs.last].unsqueeze(1)).squeeze(1)
+    # the last tokens in one row, as if of one prompt, beside the positions that they have in theirs
+    h = h[rows, pairs.last].unsqueeze(0)
+    wpe = None
+    if model.config.d_pos_emb is not None:
+        wpe = model.transformer.wpe.weight[pairs.last]
+    h = model.transformer.h[-1].feedforward(h, nodes, wpe)
+    return model.unembed(h, pairs.ids[rows, pairs.last].unsqueeze(0)).squeeze(0)
 
 
 # --- edges -----------------------------------------------------------------------------------
 
-def weights_between(model: GPT) -> list[tuple[str, str, Tensor, Tensor | None]]:
-    """(from site, to site, weight (to, from), bias (to)) of every matrix between two nodes.
+# The linear maps of a block: the site that each reads, and those that it fills, side by side.
+MAPS = {
+    "attn.c_attn": ("attn.act_in", ("attn.q", "attn.k", "attn.v")),
+    "attn.c_proj": ("attn.v", ("attn.resid_delta",)),
+    "mlp.c_fc": ("mlp.act_in", ("mlp.post_act",)),
+    "mlp.c_proj": ("mlp.post_act", ("mlp.resid_delta",)),
+}
 
-    Views, not copies: what is written into them is written into the model.
-    """
-    found = []
+
+class Wires(NamedTuple):
+    """The nonzero weights from one site to another, n of them, target by target."""
+    source: Tensor  # (n,) channels, int64
+    to: Tensor      # (n,) channels, int64
+    weight: Tensor  # (n,)
+
+    def place(self, source: int, to: int) -> int | None:
+        """The number of the weight from one channel to another; None where that is zero."""
+        row = torch.tensor([to, to + 1], device=self.to.device)
+        first, end = torch.searchsorted(self.to, row).tolist()
+        found = (self.source[first:end] == source).nonzero().flatten().tolist()
+        return first + found[0] if found else None
+
+
+class Graph(NamedTuple):
+    """What of a model's weights circuits are made of: the nonzeros alone."""
+    wires: dict[tuple[str, str], Wires]  # (from site, to site) -> the weights between
+    filled: Tensor  # (d_model,) bool: the channels of the stream that the tokens fill
+
+
+def graph_of(model: GPT) -> Graph:
+    """The nonzeros of a model, looked for once: `model.known` keeps them while it is frozen."""
+    linears = {}
     for i, block in enumerate(model.transformer.h):
-        qkv = block.attn.c_attn  # one matrix for three sites
-        biases = (None, None, None) if qkv.bias is None else qkv.bias.detach().chunk(3)
-        for z, weight, bias in zip("qkv", qkv.weight.detach().chunk(3), biases):
-            found.append((f"{i}.attn.act_in", f"{i}.attn.{z}", weight, bias))
-        for a, b, linear in (
-            ("attn.v", "attn.resid_delta", block.attn.c_proj),
-            ("mlp.act_in", "mlp.post_act", block.mlp.c_fc),
-            ("mlp.post_act", "mlp.resid_delta", block.mlp.c_proj),
-        ):
-            bias = None if linear.bias is None else linear.bias.detach()
-            found.append((f"{i}.{a}", f"{i}.{b}", linear.weight.detach(), bias))
-    return found
+        linears |= {(i, name): block.get_submodule(name).weight for name in MAPS}
+    stream = [model.transformer.wte.weight]
+    if model.config.d_pos_emb is None:  # positions are added to it
+        stream.append(model.transformer.wpe.weight)
+
+    # A weight that is written in place counts up its `_version`; one that learns may not.
+    weights = [*linears.values(), *stream]
+    state = [(w.data_ptr(), w._version) for w in weights]
+    if model.known.get("state") != state or any(w.requires_grad for w in weights):
+        wires = {}
+        for (i, name), weight in linears.items():
+            a, targets = MAPS[name]
+            for b, part in zip(targets, weight.detach().chunk(len(targets))):
+                wires[f"{i}.{a}", f"{i}.{b}"] = _wires(part)
+        filled = torch.stack([(w.detach() != 0).any(0) for w in stream]).any(0)
+        # with the weights: as long as they are held nothing else can have their address
+        model.known |= {"state": state, "weights": weights, "graph": Graph(wires, filled)}
+    return model.known["graph"]
+
+
+def _wires(weight: Tensor) -> Wires:
+    to, source = weight.nonzero(as_tuple=True)  # row by row
+    return Wires(source, to, weight[to, source])
+
+
+def sparse_matrix(wires: Wires, shape: tuple[int, int]) -> Tensor:
+    """Weights, target by target, as a sparse matrix (to, from)."""
+    entries = torch.stack([wires.to, wires.source])
+    return torch.sparse_coo_tensor(entries, wires.weight, shape, check_invariants=False,
+                                   is_coalesced=True)
 
 
 def all_edges(model: GPT) -> Edges:
     """Every nonzero weight between two nodes."""
-    return {(a, b): weight != 0 for a, b, weight, _ in weights_between(model)}
+    return {ends: torch.ones_like(wires.to, dtype=torch.bool)
+            for ends, wires in graph_of(model).wires.items()}
+
+
+def between(model: GPT, mask: Nodes, edges: Edges | None = None) -> Edges:
+    """The edges (of these, `edges`) that have both their nodes in `mask`."""
+    found = {}
+    for (a, b), wires in graph_of(model).wires.items():
+        inner = mask[a][wires.source] & mask[b][wires.to]
+        found[a, b] = inner if edges is None else inner & edges[a, b]
+    return found
 
 
 def edges_of(model: GPT, mask: Nodes, edges: Edges | None = None) -> list[list]:
     """[site, channel, site, channel, weight] of every nonzero weight between two nodes of the
     circuit (of these, `edges`)."""
-    edges = all_edges(model) if edges is None else edges
+    graph = graph_of(model)
     found = []
-    for a, b, weight, _ in weights_between(model):
-        inner = edges[a, b] & mask[b][:, None] & mask[a]
-        for i, j in inner.nonzero().tolist():
+    for (a, b), kept in between(model, mask, edges).items():
+        for j, i, weight in zip(*(part[kept].tolist() for part in graph.wires[a, b])):
             # six decimals: `circuit_of` must know the weight again
-            found.append([a, j, b, i, round(weight[i, j].item(), 6)])
+            found.append([a, j, b, i, round(weight, 6)])
     return found
 
 
-def cuttable(model: GPT) -> GPT:
-    """A copy of `model` that has biases, for `cut_`."""
-    model = copy.deepcopy(model)
-    for module in model.transformer.h.modules():
-        if isinstance(module, nn.Linear) and module.bias is None:
-            # a cut moves the mean of what it takes away into the bias of its target
-            zeros = module.weight.new_zeros(module.out_features)
-            module.bias = nn.Parameter(zeros, requires_grad=False)
-    return model
+def twin(model: GPT) -> GPT:
+    """The same model in modules of its own, for others to be put in their place. The tensors are
+    those of `model`: nothing may be written into them."""
+    shared = [*model.parameters(), *model.buffers()]
+    shared += [m.known for m in model.modules() if hasattr(m, "known")]
+    return copy.deepcopy(model, {id(x): x for x in shared})
 
 
-def cut_(model: GPT, whole: GPT, mask: Nodes, edges: Edges, constants: Nodes) -> GPT:
-    """Make `model` (a `cuttable` copy) the model `whole` less the weights between two nodes of
-    `mask` that `edges` does not keep. Each then contributes weight * constant, as if its source
-    were ablated for this one target (of a value behind a sink, as if no attention went to it)."""
-    for (_, _, w, bias), (a, b, w0, bias0) in zip(weights_between(model), weights_between(whole)):
-        gone = w0 * (mask[b][:, None] & mask[a] & ~edges[a, b])
-        torch.sub(w0, gone, out=w)  # from `whole` each time, so that an earlier cut leaves no trace
-        bias.copy_(gone @ constants[a] + (0 if bias0 is None else bias0))
-    return model
+class Cut(nn.Module):
+    """A linear map less some of its weights: each contributes weight * constant instead."""
+
+    def __init__(self, whole: nn.Module, gone: Wires, constants: Tensor):
+        """gone: the weights that go; constants: those of the site that is read, (in,)."""
+        super().__init__()
+        self.whole = whole
+        self.source, column = gone.source.unique(return_inverse=True)
+        self.to, row = gone.to.unique(return_inverse=True)
+        self.constants = constants[self.source]
+        # of the rows and columns that have any
+        shape = len(self.to), len(self.source)
+        self.gone = sparse_matrix(Wires(column, row, gone.weight), shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.whole(x)
+        less = self.constants - x[..., self.source]
+        less = (self.gone @ less.flatten(0, -2).T).T  # (tokens, rows)
+        return y.index_add(-1, self.to, less.view(*x.shape[:-1], -1))
 
 
 def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
-    """The model in which the circuit runs: a copy of `model` less the edges that were removed."""
-    return cut_(cuttable(model), model, circuit.mask, circuit.edges, constants)
+    """The model in which the circuit runs: `model`, in other modules, less the weights between two
+    nodes of the circuit that are no edges of it. Each then contributes weight * constant, as if its
+    source were ablated for this one target (of a value behind a sink, as if no attention went to
+    it)."""
+    mask, edges = circuit.mask, circuit.edges
+    graph = graph_of(model)
+    reduced = twin(model)
+    for i, block in enumerate(reduced.transformer.h):
+        for name, (a, targets) in MAPS.items():
+            a = f"{i}.{a}"
+            gone = []
+            first = 0  # the row of the matrix at which this target's channels begin
+            for b in (f"{i}.{b}" for b in targets):
+                wires = graph.wires[a, b]
+                cut = mask[a][wires.source] & mask[b][wires.to] & ~edges[a, b]
+                gone.append((wires.source[cut], first + wires.to[cut], wires.weight[cut]))
+                first += len(mask[b])
+            gone = Wires(*(torch.cat(parts) for parts in zip(*gone)))
+            if len(gone.to):
+                part, _, linear = name.partition(".")
+                module = block.get_submodule(part)
+                setattr(module, linear, Cut(getattr(module, linear), gone, constants[a]))
+    return reduced
 
 
 def alone(model: GPT, circuit: Circuit, constants: Nodes) -> Callable[[Pairs], Tensor]:
@@ -161,21 +245,15 @@ def alone(model: GPT, circuit: Circuit, constants: Nodes) -> Callable[[Pairs], T
 
 # --- paths -----------------------------------------------------------------------------------
 
-def drop_unconnected(model: GPT, mask: Nodes, answers: tuple[int, int],
+def drop_unconnected(model: GPT, mask: Nodes, answers: Sequence[int],
                      edges: Edges | None = None) -> Nodes:
-    """The nodes of `mask` that lie on a path from the tokens to the logits of the two answers.
+    """The nodes of `mask` that lie on a path from the tokens to the logits of the answers.
 
     Steps of a path: embedding -> read of a channel that it fills; the nonzero weights between nodes
     (of these, `edges`); write -> any later read of the same channel; write -> an answer's
     unembedding entry; and a query or key -> the values of its head.
     """
-    incoming = defaultdict(list)  # site -> the sites before it, with the edges from there
-    outgoing = defaultdict(list)  # site -> the sites after it, with the edges to there
-    for (a, b), kept in (all_edges(model) if edges is None else edges).items():
-        kept = kept.float()  # products of zeros and ones count paths
-        incoming[b].append((a, kept))
-        outgoing[a].append((b, kept))
-    return _needed(model, _reached(model, mask, incoming), answers, outgoing)
+    return _needed(model, _reached(model, mask, edges), answers, edges)
 
 
 def _heads(model: GPT, channels: Tensor) -> Tensor:
@@ -184,11 +262,17 @@ def _heads(model: GPT, channels: Tensor) -> Tensor:
     return channels.view(c.n_head, c.d_head).any(1).repeat_interleave(c.d_head)
 
 
-def _reached(model: GPT, mask: Nodes, incoming: dict) -> Nodes:
+def _marked(n: int, channels: Tensor, which: Tensor) -> Tensor:
+    """(n,) bool: the channels that occur in `channels` where `which`, both of one length."""
+    # counted, since a scatter has no "or"; and nothing here waits for a CUDA device
+    counts = torch.zeros(n, dtype=torch.int32, device=which.device)
+    return counts.index_add_(0, channels, which.int()) > 0
+
+
+def _reached(model: GPT, mask: Nodes, edges: Edges | None) -> Nodes:
     """The nodes of `mask` that the tokens reach: forward, site by site."""
-    filled = (model.transformer.wte.weight != 0).any(0)  # channels of the stream
-    if model.config.d_pos_emb is None:
-        filled = filled | (model.transformer.wpe.weight != 0).any(0)
+    wires, filled = graph_of(model)
+    incoming = {b: a for a, b in wires}  # every site but the reads has one site before it
     live = {}
     for site in model.sites:
         if site.endswith("act_in"):
@@ -196,8 +280,11 @@ def _reached(model: GPT, mask: Nodes, incoming: dict) -> Nodes:
             n_positions = len(mask[site]) - len(filled)
             live[site] = mask[site] & F.pad(filled, (0, n_positions), value=True)
             continue
-        arrive = sum(kept @ live[a].float() for a, kept in incoming[site])
-        live[site] = mask[site] & (arrive > 0)
+        a = incoming[site]
+        carries = live[a][wires[a, site].source]
+        if edges is not None:
+            carries = carries & edges[a, site]
+        live[site] = mask[site] & _marked(len(mask[site]), wires[a, site].to, carries)
         if site.endswith("attn.v"):
             # a constant value moves too where queries or keys steer its attention
             queries_or_keys = live[site[:-1] + "q"] | live[site[:-1] + "k"]
@@ -207,8 +294,9 @@ def _reached(model: GPT, mask: Nodes, incoming: dict) -> Nodes:
     return live
 
 
-def _needed(model: GPT, live: Nodes, answers: tuple[int, int], outgoing: dict) -> Nodes:
+def _needed(model: GPT, live: Nodes, answers: Sequence[int], edges: Edges | None) -> Nodes:
     """The nodes of `live` that the answers need: backward, site by site."""
+    wires, _ = graph_of(model)
     keep = {}
     read = (model.lm_head.weight[list(answers)] != 0).any(0)  # channels of the stream
     for site in reversed(model.sites):
@@ -217,7 +305,12 @@ def _needed(model: GPT, live: Nodes, answers: tuple[int, int], outgoing: dict) -
         elif site.endswith((".q", ".k")):  # of a head that moves a value; its `v` came before
             wanted = _heads(model, keep[site[:-1] + "v"])
         else:
-            wanted = sum(keep[b].float() @ kept for b, kept in outgoing[site]) > 0
+            wanted = torch.zeros_like(live[site])
+            for b in (b for a, b in wires if a == site):
+                carries = keep[b][wires[site, b].to]
+                if edges is not None:
+                    carries = carries & edges[site, b]
+                wanted = wanted | _marked(len(wanted), wires[site, b].source, carries)
         keep[site] = live[site] & wanted
         if site.endswith("act_in"):
             read = read | keep[site][: model.config.d_model]
@@ -237,6 +330,7 @@ class Found:
     constants: Nodes
     target_loss: float  # nats
     aim: float          # nats: where the search stopped on its own pairs, a little below the target
+    train: Pairs        # it was found on these
     heldout: Pairs
     settings: dict      # those of prune.py; they go into the file as they are
 
@@ -252,6 +346,8 @@ def content_of(found: Found) -> dict:
     rest = margins(model, found.heldout, inverse(circuit.mask, found.constants))
     unpruned = margins(model, found.heldout)
 
+    answers = answers_of(found)
+    file = found.task.file
     shape = ("n_layer", "d_model", "n_head", "d_head", "d_mlp")
     minimal = {"certified": circuit.before is not None}
     if circuit.before:  # minimise.py tried every part in vain, on those pairs and to that loss
@@ -264,7 +360,8 @@ def content_of(found: Found) -> dict:
         "model": {"dir": found.model_dir, "sha256": weights_hash(found.model_dir),
                   **{key: getattr(model.config, key) for key in shape}},
         "task": found.task.name, "task_description": found.task.description,
-        "answers": list(found.task.answers),
+        "task_file": {"path": file.path, "sha256": file.sha256} if file else None,
+        "answers": [found.tokenizer.decode([token]) for token in answers],
         "target_loss": found.target_loss,
         "loss": circuit.loss,  # on the pairs that it was fitted to
         "loss_heldout": loss_of(kept), "unpruned_loss": loss_of(unpruned),
@@ -273,7 +370,8 @@ def content_of(found: Found) -> dict:
         # sites without a node are left out
         "nodes": {s: m.nonzero().flatten().tolist() for s, m in circuit.mask.items() if m.any()},
         "edges": edges,
-        **stream_ends(model, circuit.mask, found.heldout, found.tokenizer),
+        **stream_ends(model, circuit.mask, found.heldout.ids, answers, found.tokenizer),
+        "heads": heads_of(model, circuit.mask),
         # what ablated nodes are held at, at every site, by whatever ablation
         "means": {s: [round(x, 6) for x in c.tolist()] for s, c in found.constants.items()},
         "n_nodes": count(circuit.mask), "n_edges": len(edges),
@@ -290,13 +388,19 @@ def content_of(found: Found) -> dict:
     }
 
 
-def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, tokenizer) -> dict:
+def answers_of(found: Found) -> list[int]:
+    """Token ids, the most frequent first: two in most tasks, any number with pairs from a file."""
+    asked = Counter(found.train.answer.tolist() + found.heldout.answer.tolist())
+    return [token for token, _ in asked.most_common()]
+
+
+def stream_ends(model: GPT, mask: Nodes, ids: Tensor, answers: list[int], tokenizer) -> dict:
     """Where the circuit's channels start and end: [token id, text, channel, weight] of the
-    embedding (channels that it reads, tokens of the task, largest first) and of both answers'
-    unembedding."""
-    def entries(matrix: Tensor, ids: Tensor, kind: str, most: int) -> list[list]:
+    embedding (channels that it reads, tokens of the prompts `ids`, largest first) and of the
+    answers' unembedding."""
+    def entries(matrix: Tensor, ids: Tensor, kinds: tuple[str, ...], most: int) -> list[list]:
         # a read can also have channels of positions, behind those of the stream
-        masks = [m[: model.config.d_model] for site, m in mask.items() if site.endswith(kind)]
+        masks = [m[: model.config.d_model] for site, m in mask.items() if site.endswith(kinds)]
         found = []
         for channel in torch.stack(masks).any(0).nonzero().flatten().tolist():
             column = matrix.detach()[ids, channel]
@@ -307,10 +411,26 @@ def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, tokenizer) -> dict:
         return found
 
     wte, head = model.transformer.wte.weight, model.lm_head.weight
+    last = (FINAL,) if FINAL in mask else ("resid_delta",)  # what the answers read
     return {
-        "embedding": entries(wte, pairs.ids.unique(), "act_in", 12),  # a page has room for a dozen
-        "unembedding": entries(head, pairs.answer[:2], "resid_delta", 2),
+        # a page has room for a dozen
+        "embedding": entries(wte, ids.unique(), ("act_in", FINAL), 12),
+        "unembedding": entries(head, torch.tensor(answers, device=ids.device), last, 12),
     }
+
+
+def heads_of(model: GPT, mask: Nodes) -> list[list]:
+    """[layer, head, its sink's logit] of every head with a node, None where there is no sink. With
+    the means and the examples' activations, that is what a page draws attention patterns from."""
+    c = model.config
+    found = []
+    for i, block in enumerate(model.transformer.h):
+        sinks = block.attn.attn_imp
+        held = torch.stack([mask[f"{i}.attn.{z}"] for z in "qkv"]).any(0)
+        for head in held.view(c.n_head, c.d_head).any(1).nonzero().flatten().tolist():
+            sink = None if sinks is None else round(sinks.sink_logit[head].item(), 6)
+            found.append([i, head, sink])
+    return found
 
 
 @torch.no_grad()
@@ -351,6 +471,7 @@ def examples(found: Found, reduced: GPT, kept: Tensor, unpruned: Tensor, n: int 
 # --- its file --------------------------------------------------------------------------------
 
 FORMAT = "sparse-circuit-1"  # to be changed with what the keys below mean
+FINAL = "final_resid"  # the last stream: no node here, but published circuits name channels of it
 NUMBER = (int, float, type(None))  # None: what JSON has no number for, such as an infinite loss
 # Every key that some reader relies on, and its type.
 KEYS = dict(
@@ -414,12 +535,19 @@ def _check(c: object) -> None:
     _need_keys(c, KEYS)
     _need_keys(c["model"], MODEL_KEYS, "model.")
     _need(c["format"] == FORMAT, f"format is {c['format']!r}, not {FORMAT!r}")
-    two_texts = len(c["answers"]) == 2 and all(isinstance(a, str) for a in c["answers"])
-    _need(two_texts, "'answers' is not two strings")
+    texts = len(c["answers"]) >= 2 and all(isinstance(a, str) for a in c["answers"])
+    _need(texts, "'answers' is not a list of strings, at least two")
+    if c.get("task_file") is not None:  # of a task that has none, and in older files
+        _need_keys(c["task_file"], dict(path=str, sha256=str), "task_file.")
     for site, mean in c["means"].items():  # of every site, also of those without a node
         _need(isinstance(mean, list) and all(isinstance(x, NUMBER) for x in mean),
               f"'means.{site}' is not a list of numbers")
     _check_graph(c)
+    for head in c.get("heads", []):  # older files lack them
+        kinds = [type(x) for x in head]
+        _need(kinds in ([int, int, float], [int, int, type(None)], [int, int, int])
+              and 0 <= head[0] < c["model"]["n_layer"] and 0 <= head[1] < c["model"]["n_head"],
+              f"head {head} is not [layer, head, logit of the sink]")
     for entry in c["embedding"] + c["unembedding"]:
         kinds = [type(x) for x in entry[1:]]
         _need(len(entry) == 4 and kinds in ([str, int, float], [str, int, int]),
@@ -438,7 +566,8 @@ def _check_graph(c: dict) -> None:
     nodes = [(site, channel) for site, channels in c["nodes"].items() for channel in channels]
     for site, channel in nodes:
         layer, _, place = site.partition(".")
-        if not (place in SITES and layer.isdecimal() and int(layer) < c["model"]["n_layer"]):
+        known = place in SITES and layer.isdecimal() and int(layer) < c["model"]["n_layer"]
+        if not (known or site == FINAL):
             raise ValueError(f"unknown site '{site}'; the nearest is '{nearest(site, c['means'])}'")
         # type(), because true is an int as well
         _need(type(channel) is int and 0 <= channel < len(c["means"].get(site, ())),
@@ -470,8 +599,8 @@ def circuit_of(content: dict, model: GPT) -> tuple[Circuit, Nodes]:
 
     mask = {}
     constants = {}
-    for site in model.sites:
-        width = model.config.site_width(site)
+    for site in [*model.sites, *({FINAL} & content["nodes"].keys())]:
+        width = model.config.d_model if site == FINAL else model.config.site_width(site)
         mean = content["means"].get(site, ())
         _need(len(mean) == width and None not in mean, "the circuit's means do not fit the "
               "model's sites: it is of another model, or was edited")
@@ -481,14 +610,14 @@ def circuit_of(content: dict, model: GPT) -> tuple[Circuit, Nodes]:
         _need(site in mask, f"the model lacks the site '{site}': the circuit is of another model")
         mask[site][channels] = True
 
-    edges = {key: torch.zeros_like(kept) for key, kept in all_edges(model).items()}
+    edges = {ends: torch.zeros_like(every) for ends, every in all_edges(model).items()}
     # the weights name the model: they are looked up one by one, as far as the file's decimals go
-    weights = {(a, b): weight for a, b, weight, _ in weights_between(model)}
+    wires = graph_of(model).wires
     for a, j, b, i, weight in content["edges"]:
-        if (a, b) not in edges or weights[a, b][i, j] == 0 \
-                or not abs(weights[a, b][i, j].item() - weight) <= 1e-5:
+        place = wires[a, b].place(j, i) if (a, b) in wires else None
+        if place is None or not abs(wires[a, b].weight[place].item() - weight) <= 1e-5:
             raise ValueError(f"the model has no weight {weight} from {a}.{j} to {b}.{i}: the "
                              "circuit is of another model, or was edited")
-        edges[a, b][i, j] = True
+        edges[a, b][place] = True
     scale, shift, loss = content["logit_scale"], content["logit_shift"], content["loss"]
     return Circuit(mask, edges, scale, shift, loss), constants

@@ -8,15 +8,18 @@
 """
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from circuit import (Circuit, Edges, Nodes, ablate, cut_, cuttable, drop_unconnected, finish,
-                     inverse)
+from circuit import (Circuit, Edges, Nodes, ablate, between, drop_unconnected, inverse,
+                     without_edges)
+from live import Live, Ready, serves
 from model import GPT
-from tasks import Pairs, batches_of, calibrate, calibrated, loss_of, margin_of, margins
+from tasks import (Pairs, answer_ids, batches_of, calibrate, calibrated, last_logits, loss_of,
+                   margin_of, margins)
 
 # A fit gives up only this far past its target: sixteen steps of L-BFGS end a little above the best
 # calibration, so that the loss of the pairs seen so far is a lower bound only to about 1%.
@@ -33,93 +36,79 @@ AT_ONCE = 8
 
 # --- fitting many circuits to the same pairs -------------------------------------------------
 
-class LiveLinear(nn.Module):
-    """Stands in for a linear map that reads `site`, most of whose channels are constants: only the
-    live ones are multiplied, the others go to the bias."""
-
-    def __init__(self, whole: nn.Linear, site: str):
-        super().__init__()
-        self.site = site
-        # the same tensors, not copies: `cut_` changes them in place
-        self.weight = whole.weight  # (out, in)
-        self.bias = whole.bias      # (out,)
-
-    def know(self, mask: Nodes, constants: Nodes) -> None:
-        """Which inputs live, and what the others are."""
-        self.live = mask[self.site].nonzero().flatten()
-        self.still = constants[self.site].index_fill(0, self.live, 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.weight @ self.still + self.bias
-        return F.linear(x[..., self.live], self.weight[:, self.live], bias)
-
-
 class Search:
     """Fits many circuits of one model to the same pairs, each a change of the last one accepted.
 
-    Savings, none of which changes a result: a fit starts at the first sublayer in which it differs
-    from the accepted circuit; it stops once the pairs seen so far, though none of the others cost
-    anything, put the loss above the target; it multiplies only what is not constant, and skips a
-    sublayer that writes only constants.
+    Savings, none of which changes a result: a fit stops once the pairs seen so far, though none of
+    the others cost anything, put the loss above the target; and live.py computes only what is not
+    constant, from the first sublayer on that differs from the accepted circuit.
     """
 
     def __init__(self, model: GPT, constants: Nodes, pairs: Pairs, batch: int = 32):
         self.model = model
         self.constants = constants
-        self.answers = (int(pairs.answer[0]), int(pairs.wrong[0]))
+        self.answers = answer_ids(pairs)
         by_length = pairs.last[::2].argsort()  # less padding in a batch
         self.batches = batches_of(pairs.take(by_length), batch)
         n_quarter = (len(pairs) + 3) // 4
         self.quarter = pairs.take(torch.arange(n_quarter, device=pairs.ids.device))
 
-        # the copy of the model in which circuits run
-        self.scratch = cuttable(model)
-        for i, block in enumerate(self.scratch.transformer.h):
-            block.attn.c_attn = LiveLinear(block.attn.c_attn, f"{i}.attn.act_in")
-            block.mlp.c_fc = LiveLinear(block.mlp.c_fc, f"{i}.mlp.act_in")
-            block.mlp.c_proj = LiveLinear(block.mlp.c_proj, f"{i}.mlp.post_act")
-        self.linears = [m for m in self.scratch.modules() if isinstance(m, LiveLinear)]
-        # a batch's streams before each sublayer in the accepted circuit, as far as they are known
-        self.accepted: Circuit | None = None
         with torch.no_grad():
-            self.streams = [[model.embed(part.ids)] for part in self.batches]
+            self.live = Live(model, constants, pairs) if serves(model) else None
+        # the accepted circuit, prepared, and what each sublayer writes for each batch
+        self.accepted: Circuit | None = None
+        self.ready = None
+        self.writes = [[] for _ in self.batches]
 
     @torch.no_grad()
     def fit(self, mask: Nodes, edges: Edges, target: float = math.inf) -> Circuit:
         """Drop the nodes without a path and calibrate (paper A.5). The circuit's loss, in nats, is
         inf where it is above `target` or not a number."""
         mask = drop_unconnected(self.model, mask, self.answers, edges)
-        cut_(self.scratch, self.model, mask, edges, self.constants)
-        still = self._use_constants(mask)
-        start = self._first_difference(mask, edges)
-        nodes = ablate(mask, self.constants)
+        circuit = Circuit(mask, between(self.model, mask, edges), 1.0, 0.0, math.inf)
+        run, ready = self._runner(circuit)
         n_prompts = sum(2 * len(part) for part in self.batches)
-        streams = []
+        ask = 0  # after how many prompts to look at the loss
+        writes = []
         margin = []
-        for part, known in zip(self.batches, self.streams):
-            chain = known[: start + 1]
-            for i, sublayer in enumerate(self.scratch.sublayers[start:-1], start):
-                h = chain[-1]
-                chain.append(h + still[i] if i in still else sublayer(h, nodes))
-            streams.append(chain)
-            margin.append(margin_of(finish(self.scratch, chain[-1], part, nodes), part))
+        seen = 0
+        for part, known in zip(self.batches, self.writes):
+            written, logits = run(part, known)
+            writes.append(written)
+            margin.append(margin_of(logits, part))
+            seen += 2 * len(part)
+            if seen < min(ask, n_prompts):
+                continue
+            ask = 2 * seen  # calibrating, too, takes time
 
             # no prompt has a negative loss, so those seen bound the loss of all from below
-            seen = torch.cat(margin)
-            scale, shift = calibrate(seen)
-            loss = loss_of(calibrated(seen, scale, shift))
-            if loss * len(seen) / n_prompts > CLEARLY_ABOVE * target:
+            so_far = torch.cat(margin)
+            circuit.scale, circuit.shift = calibrate(so_far)
+            loss = loss_of(calibrated(so_far, circuit.scale, circuit.shift))
+            if loss * seen / n_prompts > CLEARLY_ABOVE * target:
                 break
 
-        if len(seen) < n_prompts or not loss <= target:
-            loss = math.inf
-        circuit = Circuit(mask, edges, scale, shift, loss)
-        self.trial = circuit, streams
+        if seen == n_prompts and loss <= target:
+            circuit.loss = loss
+        self.trial = circuit, ready, writes
         return circuit
+
+    def _runner(self, circuit: Circuit) -> tuple[Callable, Ready | None]:
+        """A function from pairs, and what sublayers are known to write for them, to what they write
+        and the last tokens' logits."""
+        if self.live is not None:
+            ready = self.live.prepare(circuit.mask, circuit.edges, self.ready)
+            return partial(self.live.run, ready), ready
+        reduced = without_edges(self.model, circuit, self.constants)
+        nodes = ablate(circuit.mask, self.constants)
+
+        def run(pairs: Pairs, known: list) -> tuple[list, Tensor]:
+            return known, last_logits(reduced, pairs, nodes)
+        return run, None
 
     def accept(self) -> Circuit:
         """The circuit fitted last is what the next ones start from."""
-        self.accepted, self.streams = self.trial
+        self.accepted, self.ready, self.writes = self.trial
         return self.accepted
 
     def loss_without(self, mask: Nodes) -> float:
@@ -130,41 +119,16 @@ class Search:
             total += loss_of(margins(self.model, part, nodes)) * len(part)
         return total / sum(len(part) for part in self.batches)
 
-    def _use_constants(self, mask: Nodes) -> dict[int, Tensor]:
-        """Tell the linear maps which inputs live. Returns what a sublayer, by its number, adds to
-        the stream, (d_model,), where that is constants alone."""
-        for linear in self.linears:
-            linear.know(mask, self.constants)
-        c = self.model.config
-        if c.residual_activation_type != "identity" or "resid" in c.afrac_loctypes:
-            return {}  # the stream is no plain sum: something acts on it after each addition
-        writes = [site for site in self.model.sites if site.endswith("resid_delta")]
-        return {i: self.constants[site] for i, site in enumerate(writes) if not mask[site].any()}
-
-    def _first_difference(self, mask: Nodes, edges: Edges) -> int:
-        """The first sublayer that computes something else than in the accepted circuit."""
-        if self.accepted is None:
-            return 0
-        old = self.accepted
-        changed = [site for site in mask if not torch.equal(mask[site], old.mask[site])]
-        for (a, b), kept in edges.items():
-            # most are the very same tensor, and need not be looked at
-            if kept is not old.edges[a, b] and not torch.equal(kept, old.edges[a, b]):
-                changed.append(b)
-        numbers = [2 * int(site.split(".")[0]) + (".mlp." in site) for site in changed]
-        return min(numbers, default=len(self.model.sublayers))
-
 
 # --- the parts of a circuit ------------------------------------------------------------------
 
 def parts_of(circuit: Circuit) -> list[tuple]:
-    """Every node (site, channel) and edge (from site, to site, to channel, from channel)."""
+    """Every node (site, channel) and edge (from site, to site, its number among the nonzeros)."""
     parts = []
-    for site, kept in circuit.mask.items():
-        parts += [(site, channel) for channel in kept.nonzero().flatten().tolist()]
-    for (a, b), kept in circuit.edges.items():
-        inner = kept & circuit.mask[b][:, None] & circuit.mask[a]
-        parts += [(a, b, i, j) for i, j in inner.nonzero().tolist()]
+    for chosen in (circuit.mask, circuit.edges):
+        for key, kept in chosen.items():
+            name = (key,) if isinstance(key, str) else key
+            parts += [(*name, i) for i in kept.nonzero().flatten().tolist()]
     return parts
 
 
@@ -172,15 +136,10 @@ def without(circuit: Circuit, *parts: tuple) -> tuple[Nodes, Edges]:
     """The nodes and edges of a circuit less some nodes and edges."""
     mask = dict(circuit.mask)
     edges = dict(circuit.edges)
-    for part in parts:
-        if len(part) == 2:
-            site, channel = part
-            mask[site] = mask[site].clone()
-            mask[site][channel] = False
-        else:
-            a, b, i, j = part
-            edges[a, b] = edges[a, b].clone()
-            edges[a, b][i, j] = False
+    for *name, i in parts:
+        chosen, key = (mask, name[0]) if len(name) == 1 else (edges, tuple(name))
+        chosen[key] = chosen[key].clone()
+        chosen[key][i] = False
     return mask, edges
 
 
@@ -216,7 +175,7 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
     accepted circuit of `search` is then the smaller one. Returns whether anything went.
     """
     before = search.accepted
-    clock = time.time()
+    clock = time.monotonic()
     queue = []  # (price, its number, part), cheapest first; the number decides between equals
     for number, part in enumerate(parts_of(before)):
         trial = pricer.fit(*without(before, part), target)
@@ -224,7 +183,7 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
         if math.isfinite(price):
             queue.append((price, number, part))
     say(f"  {before.size[0]} nodes, {before.size[1]} edges: {len(queue)} of these can go "
-        f"({time.time() - clock:.0f} s)")
+        f"({time.monotonic() - clock:.0f} s)")
 
     circuit = before
     most = len(queue)  # so many at once: doubled where that went well, halved where not

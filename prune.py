@@ -25,27 +25,31 @@ from functools import partial
 from multiprocessing import active_children, get_context
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import as_script, bounded, die, nearest, one_of, parse
+from config import as_script, bounded, die, one_of, parse
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from circuit import (Circuit, Edges, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
-                     finish, read_circuit, write_circuit)
+from circuit import (Circuit, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
+                     read_circuit, run_to_last, write_circuit)
+from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from minimise import Search, minimise
-from model import GPT, device_of, weights_hash
-from tasks import (TASKS, Pairs, Task, calibrate, calibrated, last_logits, load_model, load_pairs,
-                   loss_of, margins, task_loss)
-from tokens import random_windows
+from model import GPT, config_of, device_of, weights_hash
+from tasks import (TASKS, Pairs, Task, answer_ids, batches_of, calibrate, calibrated,
+                   load_model, load_pairs, loss_of, margins, task_loss, task_of)
+from tokens import check_tokenizer, random_windows, window_of
 
+# Node activations at a time in a forward and backward pass; each takes about 16 bytes.
+ACTIVATIONS = {"cpu": 2**26, "cuda": 2**30}
+WIDEST = 2**24  # activations of one site at a time where only the means are wanted: 64 MB
 SLACK = 0.9  # the search aims so far below the target on its pairs that held-out ones meet it too
 
 
 @dataclass
 class PruneConfig:
     model: str = "out/demo"         # a directory in the published format
-    task: str = "single_double_quote"  # or all
+    task: str = "single_double_quote"  # or all, or a file of pairs: .jsonl, .csv
     out_dir: str = ""               # "" = the model's; the circuit: out_dir/task/circuit.json
     data: str = "data/tinypython"   # for the means: train.bin
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
@@ -59,6 +63,7 @@ class PruneConfig:
     necessity: float = bounded(0.0, at_least=0)  # minimal: nats that the model must lose without it
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
     mean_tokens: int = bounded(65536, at_least=1)
+    window: int = bounded(0, at_least=0)  # tokens of it at a time; 0 = as many as in training
     train_pairs: int = bounded(2048, at_least=1)  # mask learning draws from these
     fit_pairs: int = bounded(256, at_least=1)  # the first of those: for bisection and calibration
     heldout_pairs: int = bounded(256, at_least=1)
@@ -80,29 +85,37 @@ class PruneConfig:
 # --- what ablated nodes are held at ----------------------------------------------------------
 
 @torch.no_grad()
-def node_means(model: GPT, path: str, tokens: int, seed: int) -> Nodes:
+def node_means(model: GPT, path: str, tokens: int, seed: int,
+               sites: list[str] | None = None, window: int = 0) -> Nodes:
     """Mean activation of every node, (width,) a site, over about `tokens` tokens of the pretraining
-    file `path` (paper A.5). ValueError where that is no data for this model."""
+    file `path` (paper A.5), `window` of them at a time (0: block_size); or of `sites`. ValueError
+    where that is no data for this model."""
+    sites = model.sites if sites is None else sites
     sums = {}
     n = 0
 
     def add(site: str, x: Tensor) -> Tensor:
-        # double: float32 would lose digits over so many tokens
-        sums[site] = sums.get(site, 0) + x.double().sum((0, 1))
+        # double: float32 would lose digits over so many tokens; few at a time, for it is a copy
+        for rows in x.flatten(0, 1).split(256):
+            sums[site] = sums.get(site, 0) + rows.double().sum(0)
         return x
 
     c = model.config
     device = model.lm_head.weight.device
-    for ids in random_windows(path, c.vocab_size, c.block_size, tokens, seed, device):
-        model.run(model.embed(ids), nodes=add)
+    for ids in random_windows(path, c.vocab_size, window or c.block_size, tokens, seed, device):
+        for part in ids.split(max(1, WIDEST // (ids.shape[1] * c.d_mlp))):
+            model.run(model.embed(part), nodes=add)
         n += ids.numel()
-    return {site: (sums[site] / n).float() for site in model.sites}
+    return {site: (sums[site] / n).float() for site in sites}
 
 
 def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
     """What the config holds ablated nodes at: their means, or zero."""
     if cfg.ablation == "mean":
-        return node_means(model, os.path.join(cfg.data, "train.bin"), cfg.mean_tokens, cfg.seed)
+        check_tokenizer(cfg.data, tokenizer_hash(tokenizer_for(cfg.model, cfg.tokenizer)))
+        path = os.path.join(cfg.data, "train.bin")
+        window = window_of(cfg.model, model.config.block_size, cfg.window)
+        return node_means(model, path, cfg.mean_tokens, cfg.seed, window=window)
     zeros = model.lm_head.weight.new_zeros
     return {site: zeros(model.config.site_width(site)) for site in model.sites}
 
@@ -160,13 +173,13 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
     tau = tau.to(gates.index.device).requires_grad_()
     optimizer = torch.optim.AdamW([tau], betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
 
-    edges = {key: kept.float() for key, kept in all_edges(model).items()}  # as products need them
+    answers = answer_ids(pairs)
     target = min(cfg.target_loss)
     k = cfg.k_coef
     mean = 0.0
     best = None  # the fewest gates that met the target: where learning ends with a broken circuit
     fewest = math.inf
-    clock = time.time()
+    clock = time.monotonic()
     for step in range(cfg.steps):
         # up over the warm-up, then down to 0 in a line
         ramp = min(1.0, (step + 1) / max(1.0, cfg.warmup * cfg.steps))
@@ -175,18 +188,14 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
         batch = pairs.take(drawn.to(pairs.ids.device))
 
         gate = _Heaviside.apply(tau, cfg.heaviside_temp)[gates.index]  # (n_nodes,)
-        gate = close_astray(model, gate, gates, batch, edges)
-        nodes = ablate(gates.split(gate), constants)
-        h = model.embed(batch.ids)
-        for sublayer in model.sublayers[:-1]:  # the last one only at the last token: `finish`
-            h = sublayer(h, nodes)
-        loss = task_loss(finish(model, h, batch, nodes), batch)
-        (loss + k * gate.sum()).backward()
+        gate = close_astray(model, gate, gates, answers)
+        loss, grad = gate_gradient(model, batch, constants, gates, gate)
+        gate.backward(grad + k)
 
-        mean = 0.9 * mean + 0.1 * loss.item() if step else loss.item()
+        mean = 0.9 * mean + 0.1 * loss if step else loss
         # down faster than up: a broken circuit has little gradient by which it could mend
         k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / (2 / 3 * target))))
-        if max(mean, loss.item()) <= target and gate.sum() < fewest:
+        if max(mean, loss) <= target and gate.sum() < fewest:
             best = tau.detach().clone()
             fewest = gate.sum()
 
@@ -196,35 +205,48 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
         with torch.no_grad():
             tau.clamp_(-1, 1)
         if (step + 1) % 25 == 0:  # a line every few seconds
-            left = (time.time() - clock) / (step + 1) * (cfg.steps - step - 1)
-            say(f"  masks {step + 1}/{cfg.steps}  task loss {loss.item():.3f}  "
+            left = (time.monotonic() - clock) / (step + 1) * (cfg.steps - step - 1)
+            say(f"  masks {step + 1}/{cfg.steps}  task loss {loss:.3f}  "
                 f"open gates {int(gate.sum())}  {left:.0f} s left")
     if best is None or not mean > target:
         best = tau.detach()
     return best[gates.index]
 
 
-def close_astray(model: GPT, gate: Tensor, gates: Gates, pairs: Pairs, edges: Edges) -> Tensor:
+def close_astray(model: GPT, gate: Tensor, gates: Gates, answers: list[int]) -> Tensor:
     """The gates (n_nodes,), those closed that have no path from tokens to answers (our choice).
 
     Such nodes are dropped in the end, and as constants that differ from their mean they would then
     be missed.
     """
-    answers = (int(pairs.answer[0]), int(pairs.wrong[0]))
     with torch.no_grad():
-        path = drop_unconnected(model, gates.split(gate > 0), answers, edges)
+        path = drop_unconnected(model, gates.split(gate > 0), answers)
         astray = gate * ~torch.cat(list(path.values()))
     # a difference, not a product: they still hear their gradient, and may find a path again
     return gate - astray
+
+
+def gate_gradient(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates,
+                  gate: Tensor) -> tuple[float, Tensor]:
+    """The task loss in nats and its gradient by each gate, both (n_nodes,)."""
+    gate = gate.detach().requires_grad_()
+    tokens = 2 * pairs.ids.shape[1]  # of a pair
+    at_once = max(1, ACTIVATIONS[gate.device.type] // (tokens * len(gate)))
+    total = 0.0
+    for part in batches_of(pairs, at_once):
+        nodes = ablate(gates.split(gate), constants)
+        loss = task_loss(run_to_last(model, part, nodes), part) * (len(part) / len(pairs))
+        loss.backward()
+        total = total + loss.detach()
+    return total.item(), gate.grad
 
 
 def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Tensor:
     """|gradient x (activation - constant)| of the task loss, summed over prompts and positions,
     (n_nodes,): the first-order effect of ablating each node. It breaks ties between equal taus."""
     # where a gate is 1, the loss's derivative by it is gradient x (activation - constant)
-    gate = torch.ones(len(gates.index), device=gates.index.device, requires_grad=True)
-    loss = task_loss(last_logits(model, pairs, ablate(gates.split(gate), constants)), pairs)
-    return torch.autograd.grad(loss, gate)[0].abs()
+    gate = torch.ones(len(gates.index), device=gates.index.device)
+    return gate_gradient(model, pairs, constants, gates, gate)[1].abs()
 
 
 # --- from a ranking to a circuit -------------------------------------------------------------
@@ -274,7 +296,7 @@ def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig,
     """
     # one tau per node; where the method is attribution, all are equal and the effect decides
     gates = Gates(model, cfg.tie_qk)
-    fit_pairs = pairs.take(torch.arange(cfg.fit_pairs, device=pairs.ids.device))
+    fit_pairs = pairs.first(cfg.fit_pairs)
     effect = attribution(model, fit_pairs, constants, gates)
     tau = torch.ones_like(effect)
     if cfg.method == "learned":
@@ -308,6 +330,7 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     T = model.config.block_size
     train = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed).to(device)
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
+    cfg = sized(cfg, task, train, heldout, say)
     check_solved(model, task, train, heldout, cfg)
     for target, circuit in zip(cfg.target_loss, find(model, train, constants, cfg, say)):
         if not circuit.loss <= target:
@@ -315,15 +338,24 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
                              "training pairs; raise --target_loss")
         yield content_of(Found(
             model=model, model_dir=cfg.model, task=task, tokenizer=tokenizer, circuit=circuit,
-            constants=constants, target_loss=target, aim=SLACK * target, heldout=heldout,
-            settings=settings_in_file(cfg)))
+            constants=constants, target_loss=target, aim=SLACK * target, train=train,
+            heldout=heldout, settings=settings_in_file(cfg)))
+
+
+def sized(cfg: PruneConfig, task: Task, train: Pairs, heldout: Pairs, say=print) -> PruneConfig:
+    """The settings with as many pairs as there are: a file can have fewer than they ask for."""
+    fits = replace(cfg, train_pairs=len(train), heldout_pairs=len(heldout),
+                   fit_pairs=min(cfg.fit_pairs, len(train)))
+    if fits != cfg:
+        say(f"  {task.file.path} has fewer pairs than asked for: train_pairs={fits.train_pairs}, "
+            f"fit_pairs={fits.fit_pairs}, heldout_pairs={fits.heldout_pairs}")
+    return fits
 
 
 def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:
     """ValueError where the whole model's loss on held-out pairs is above a target."""
     unpruned = margins(model, heldout)
-    fit_pairs = train.take(torch.arange(cfg.fit_pairs, device=train.ids.device))
-    scale, shift = calibrate(margins(model, fit_pairs))
+    scale, shift = calibrate(margins(model, train.first(cfg.fit_pairs)))
     # calibrated on training pairs, as its circuits are
     at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))
     for target in cfg.target_loss:
@@ -338,9 +370,8 @@ def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: Prun
 
 def check_prune(cfg: PruneConfig) -> None:
     """ValueError, in one line, for what bounds beside the fields cannot say."""
-    if cfg.task != "all" and cfg.task not in TASKS:
-        raise ValueError(f"unknown task '{cfg.task}'; the nearest is '{nearest(cfg.task, TASKS)}', "
-                         f"and --task=all runs all of: {', '.join(TASKS)}")
+    if cfg.task != "all":
+        task_of(cfg.task)  # a file is read before a model is loaded that may take far longer
     device_of(cfg.device)
     if cfg.fit_pairs > cfg.train_pairs:
         raise ValueError(f"fit_pairs {cfg.fit_pairs} exceeds train_pairs {cfg.train_pairs}")
@@ -348,7 +379,9 @@ def check_prune(cfg: PruneConfig) -> None:
 
 def settings_in_file(cfg: PruneConfig) -> dict:
     """What a circuit depends on: all but how many processes there were."""
-    return {key: value for key, value in asdict(cfg).items() if key != "jobs"}
+    window = window_of(cfg.model, config_of(cfg.model).block_size, cfg.window)
+    settings = asdict(cfg) | {"window": window}  # how long it was, not how that was found
+    return {key: value for key, value in settings.items() if key != "jobs"}
 
 
 def path_of(cfg: PruneConfig, task: str, target: float) -> str:
@@ -378,14 +411,16 @@ def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> l
     ValueError or OSError, in one line, where that cannot be done.
     """
     model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
-    say(f"pruning {cfg.model} to the circuit of {task}; "
+    its_pairs = task_of(task)
+    name = its_pairs.name  # the folder of its circuit, also where the pairs are in a file
+    say(f"pruning {cfg.model} to the circuit of {name}; "
         f"means over {cfg.mean_tokens} pretraining tokens")
     constants = constants_of(model, cfg)
     circuits = []
-    for circuit in prune(model, TASKS[task], tokenizer, replace(cfg, task=task), constants, say):
-        path = path_of(cfg, task, circuit["target_loss"])
+    for circuit in prune(model, its_pairs, tokenizer, replace(cfg, task=task), constants, say):
+        path = path_of(cfg, name, circuit["target_loss"])
         write_circuit(path, circuit)
-        say(f"{task}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges\n"
+        say(f"{name}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges\n"
             f"  loss held out {circuit['loss_heldout']:.3f} nats (target {circuit['target_loss']}, "
             f"unpruned model {circuit['unpruned_loss']:.3f})\n"
             f"  necessity: with only the circuit ablated, "

@@ -29,7 +29,7 @@ from torch import Tensor
 from bridge import Coupled, load_bridged, streams
 from circuit import circuit_of, read_circuit
 from model import GPT, device_of, weights_hash
-from tasks import Pairs, last_logits, load_model, load_pairs, margin_of, task_of
+from tasks import Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of
 from tokens import random_windows
 
 STRENGTHS = [round(0.1 * i, 1) for i in range(11)]  # 1 = the whole of what the decoder says
@@ -45,7 +45,7 @@ class SteerConfig:
     data: str = "data/tinypython"
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = one_of("auto", "cpu", "cuda")
-    task: str = "single_double_quote"
+    task: str = "single_double_quote"  # or a file of pairs: .jsonl, .csv
     circuit: str = ""             # of the sparse model; "" = run/task/circuit.json
     node: str = ""                # reads of one site, 1.attn.act_in.83,1.attn.act_in.5; or chosen
     channels: int = bounded(8, at_least=1)  # so many are chosen at most
@@ -297,16 +297,19 @@ def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, p
 
 # --- the command -----------------------------------------------------------------------------
 
-def circuit_for(cfg: SteerConfig, sparse: GPT) -> tuple[str, list[Node]]:
+def circuit_for(cfg: SteerConfig, task: Task, sparse: GPT) -> tuple[str, list[Node]]:
     """The path of the circuit, and the residual reads that it names. ValueError where it is not one
     of this run and task, or has none."""
-    path = cfg.circuit or os.path.join(cfg.run, cfg.task, "circuit.json")
+    path = cfg.circuit or os.path.join(cfg.run, task.name, "circuit.json")
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}; find it with python prune.py --model={cfg.run} "
                          f"--task={cfg.task}")
     content = read_circuit(path)
-    if content.get("task") != cfg.task:
-        raise ValueError(f"{path} is a circuit of {content.get('task')}, not of {cfg.task}")
+    if content["task"] != task.name:
+        raise ValueError(f"{path} is a circuit of {content['task']}, not of {task.name}")
+    pairs = content.get("task_file") or {}
+    if pairs.get("sha256") != (task.file.sha256 if task.file else None):
+        raise ValueError(f"{path} is a circuit of other pairs than those of {cfg.task}; prune them")
     if content["model"].get("sha256") != weights_hash(cfg.run):
         raise ValueError(f"{path} is a circuit of another model than {cfg.run} (the weights "
                          "differ); prune this one")
@@ -330,7 +333,7 @@ def steer(cfg: SteerConfig, argv: list[str]) -> dict:
     task = task_of(cfg.task)
     device = device_of(cfg.device)
     sparse, tokenizer = load_model(cfg.run, cfg.tokenizer, device)
-    path, candidates = circuit_for(cfg, sparse)
+    path, candidates = circuit_for(cfg, task, sparse)
     dense_dir = cfg.dense or read_toml(os.path.join(cfg.run, "train.toml")).get("dense", "")
     net = load_bridged(cfg.run, dense_dir, sparse, device)
     if not (sparse.config.rms_norm and net.dense.config.rms_norm):
@@ -343,7 +346,7 @@ def steer(cfg: SteerConfig, argv: list[str]) -> dict:
     pairs = load_pairs(task, tokenizer, cfg.pairs, "heldout", T, cfg.seed).to(device)
     for part in (train, pairs):
         if (part.last[::2] != part.last[1::2]).any():
-            raise ValueError(f"the two prompts of a pair of {cfg.task} differ in length: "
+            raise ValueError(f"the two prompts of a pair of {task.name} differ in length: "
                              "activations cannot be exchanged token by token")
 
     by_hand = chosen_by_hand(cfg.node, candidates) if cfg.node else []
@@ -357,7 +360,7 @@ def steer(cfg: SteerConfig, argv: list[str]) -> dict:
     others = [node for node in candidates if node not in nodes]
     rest = [node for node in candidates if node != single]
     return {
-        "task": cfg.task, "n_pairs": len(pairs), "strength": STRENGTHS,
+        "task": task.name, "n_pairs": len(pairs), "strength": STRENGTHS,
         **compare(net, nodes, others, train, pairs, ratio, cfg),
         "best_single": compare(net, [single], rest, train, pairs, ratio, cfg),
         "circuit": path, "dense": dense_dir,
@@ -411,7 +414,7 @@ def main(argv: list[str]) -> int:
     cfg = parse(SteerConfig, argv)
     try:
         result = steer(cfg, argv)
-        folder = os.path.join(cfg.run, "steer", cfg.task)
+        folder = os.path.join(cfg.run, "steer", result["task"])
         os.makedirs(folder, exist_ok=True)
         write_atomic(os.path.join(folder, "steer.json"), json.dumps(result).encode())
         print(f"\n{curve_text(result)}\n\n{curve_text(result['best_single'])}")

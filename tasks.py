@@ -4,17 +4,22 @@
   one prompt is the wrong token of the other.
 - `load_pairs(task, tokenizer, n, split)`: token ids, deterministic by seed; no pair is in both the
   `train` and the `heldout` split.
+- `--task=FILE.jsonl` or `FILE.csv`, here and in every other script: pairs of your own, each with
+  its own two answers (docs/tasks.md).
 - `task_loss`: cross-entropy over the two candidate tokens at the last position, in nats.
 - `margins`, `loss_of`, `calibrate`: a model on pairs; the scale and shift that a pruned one needs.
 - `python tasks.py` prints two pairs of each task, a bar between tokens; with `--model=DIR`, the
   loss (nats) and the accuracy of a whole model on each.
 
-Add a task: write a function that returns the two prompts, and name it in `TASKS`. The ordinary code
-that prompts stand in is data/tinypython/filler.py.
+Add a task: write a function that returns the two prompts, beside those in
+data/tinypython/templates.py, and name it in `TASKS`.
 """
 import hashlib
 import math
+import os
 import random
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,19 +30,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.pairs import PairFile, read_pairs
 from data.tinypython import templates
-from data.tinypython.tokenizer import load_tokenizer, tokenizer_hash
+from data.tinypython.tokenizer import load_tokenizer, tokenizer_for, tokenizer_hash
 from model import GPT
 from tokens import tokenizer_of
 
 
 @dataclass(frozen=True)
 class Task:
+    """Pairs that `prompts` draws, all with the same two answers; or else those of `file`."""
     name: str
     description: str
-    answers: tuple[str, str]  # right tokens of the first and of the second prompt
-    prompts: Callable[[random.Random], tuple[str, str]]  # draws a pair
+    answers: tuple[str, ...] = ()  # right tokens of the first and of the second prompt
+    prompts: Callable[[random.Random], tuple[str, str]] | None = None
     local: bool = False  # decided by the last eight tokens, whose bare presence may tell the answer
+    file: PairFile | None = None
 
 
 @dataclass
@@ -59,6 +67,14 @@ class Pairs:
         width = int(last.max()) + 1
         return Pairs(self.ids[rows, :width], last, self.answer[rows], self.wrong[rows])
 
+    def first(self, n: int) -> "Pairs":
+        """The first n pairs, or all where they are fewer."""
+        return self.take(torch.arange(min(n, len(self)), device=self.ids.device))
+
+    def prompts(self) -> list[list[int]]:
+        """The token ids of the 2n prompts, without the padding."""
+        return [ids[: n + 1] for ids, n in zip(self.ids.tolist(), self.last.tolist())]
+
     def to(self, device) -> "Pairs":
         return Pairs(*(t.to(device) for t in (self.ids, self.last, self.answer, self.wrong)))
 
@@ -69,11 +85,32 @@ def answer_ids(pairs: Pairs) -> list[int]:
 
 
 def load_pairs(task: Task, tokenizer, n: int, split: str, block_size: int, seed: int = 0) -> Pairs:
-    """n distinct pairs of the `train` or `heldout` split, each prompt at most block_size tokens.
+    """n distinct pairs of the `train` or `heldout` split, each prompt at most block_size tokens;
+    of a file that has fewer in the split, all those.
 
-    tokenizer: a tiktoken.Encoding, or anything with `encode_ordinary`. ValueError if it does not
-    have the task's answers as single tokens, or if the task cannot give n pairs of that length.
+    tokenizer: a tiktoken.Encoding, or anything with `encode_ordinary`; for files also its `decode`
+    and `n_vocab`.
+    ValueError if it does not have an answer as a single token, if the task cannot give n pairs of
+    that length, or if any line of the file is not as it should be.
     """
+    # a generator of its own, so that no other draw anywhere changes the pairs
+    rng = random.Random(f"{task.name} {split} {seed}")
+    if task.file is None:
+        prompts, answers = draw(task, tokenizer, n, split, block_size, rng)
+    else:
+        prompts, answers = pick(task.file, tokenizer, n, split, block_size, rng)
+    width = max(map(len, prompts))
+    answer = torch.tensor(answers)  # (n, 2)
+    return Pairs(
+        ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts]),
+        last=torch.tensor([len(ids) - 1 for ids in prompts]),
+        answer=answer.flatten(),
+        wrong=answer.flip(1).flatten(),
+    )
+
+
+def draw(task: Task, tokenizer, n: int, split: str, block_size: int, rng: random.Random):
+    """Token ids of 2n prompts, and n times those of the two answers."""
     answers = []
     for text in task.answers:
         ids = tokenizer.encode_ordinary(text)
@@ -81,45 +118,101 @@ def load_pairs(task: Task, tokenizer, n: int, split: str, block_size: int, seed:
             raise ValueError(f"task {task.name} needs {text!r} as a single token; this tokenizer "
                              f"splits it into {len(ids)}")
         answers += ids
-
-    # a generator of its own, so that no other draw anywhere changes the pairs
-    rng = random.Random(f"{task.name} {split} {seed}")
     seen = set()
     prompts = []
     for _ in range(40 * n + 1000):  # a task with too few prompts must not be drawn from for ever
         if len(seen) == n:
             break
         pair = task.prompts(rng)
-        # the text alone says which split a pair is in, so that no seed can mix the two
-        digest = hashlib.sha256("\0".join(pair).encode()).digest()
-        drawn_for = "heldout" if digest[0] < 64 else "train"  # 64 of 256: a quarter
-        if digest in seen or drawn_for != split:
+        if pair in seen or split_of(*pair) != split:
             continue
         encoded = [tokenizer.encode_ordinary(p) for p in pair]
         if max(map(len, encoded)) <= block_size:
-            seen.add(digest)
+            seen.add(pair)
             prompts += encoded
     if len(seen) < n:
         raise ValueError(f"task {task.name} gave only {len(seen)} of {n} {split} pairs of at most "
                          f"{block_size} tokens")
+    return prompts, [answers] * n
 
-    width = max(map(len, prompts))
-    return Pairs(
-        ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts]),
-        last=torch.tensor([len(ids) - 1 for ids in prompts]),
-        answer=torch.tensor(answers * n),
-        wrong=torch.tensor(answers[::-1] * n),
-    )
+
+def split_of(first: str, second: str) -> str:
+    """`train` or `heldout`: the text alone says which, so that no seed can mix the two."""
+    digest = hashlib.sha256(f"{first}\0{second}".encode()).digest()
+    return "heldout" if digest[0] < 64 else "train"  # 64 of 256: a quarter
+
+
+# --- pairs from a file -----------------------------------------------------------------------
+
+def pick(file: PairFile, tokenizer, n: int, split: str, block_size: int, rng: random.Random):
+    """Token ids of the prompts of n pairs of the file, and those of each pair's two answers."""
+    found = []
+    seen = {}  # the two prompts, in whatever order -> where they stand
+    for line in file.lines:  # all, so that every call finds what is wrong anywhere
+        try:
+            prompts = [prompt_ids(prompt, tokenizer, block_size) for prompt in line.prompts]
+            answers = [answer_id(answer, tokenizer) for answer in line.answers]
+            # the same split whether a prompt is written as text or as ids
+            texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in line.prompts]
+            its_split = split_of(*texts)
+            if prompts[0] == prompts[1]:
+                raise ValueError("its two prompts are the same")
+            if answers[0] == answers[1]:
+                raise ValueError("its two answers are the same")
+            other = seen.setdefault(frozenset(map(tuple, prompts)), line.number)
+            if other != line.number:
+                raise ValueError(f"it has the two prompts of line {other}")
+        except ValueError as e:
+            raise ValueError(f"{file.path}, line {line.number}: {e}") from e
+        if its_split == split:
+            found.append((prompts, answers))
+    if not found:
+        raise ValueError(f"no pair of {file.path} falls into the {split} split; it needs more")
+    rng.shuffle(found)  # a file may be sorted, and the first pairs must be as the rest
+    found = found[:n]
+    return [ids for prompts, _ in found for ids in prompts], [answers for _, answers in found]
+
+
+def prompt_ids(prompt: str | list[int], tokenizer, block_size: int) -> list[int]:
+    ids = token_ids(prompt, tokenizer)
+    if not ids:
+        raise ValueError("a prompt is empty")
+    if len(ids) > block_size:
+        raise ValueError(f"a prompt has {len(ids)} tokens, and the model takes {block_size}")
+    return ids
+
+
+def answer_id(answer: str | int, tokenizer) -> int:
+    """The token of an answer. ValueError, which shows how it is split, where it is not one."""
+    ids = token_ids(answer if isinstance(answer, str) else [answer], tokenizer)
+    if not ids:
+        raise ValueError("an answer is empty")
+    if len(ids) != 1:
+        pieces = " ".join(repr(tokenizer.decode([token])) for token in ids)
+        raise ValueError(f"the answer {answer!r} is not a single token: this tokenizer splits it "
+                         f"into {pieces}")
+    return ids[0]
+
+
+def token_ids(written: str | list[int], tokenizer) -> list[int]:
+    if isinstance(written, str):
+        return tokenizer.encode_ordinary(written)
+    for token in written:
+        if not 0 <= token < tokenizer.n_vocab:
+            raise ValueError(f"token {token} is outside the vocabulary of {tokenizer.n_vocab}")
+    return written
 
 
 # --- a model on pairs ------------------------------------------------------------------------
 
 def load_model(model_dir: str, tokenizer_path: str, device: str = "cpu"):
-    """A frozen model and a tokenizer, from their paths.
+    """A frozen model and a tokenizer, from their paths. A published directory may hold a tokenizer
+    of its own, which takes the place of the default.
 
     ValueError or OSError, in one line, where one is unusable or they do not match.
     """
     model = GPT.load(model_dir, device).requires_grad_(False)
+    tokenizer_path = tokenizer_for(model_dir, tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{tokenizer_path} has {tokenizer.n_vocab} tokens, the model {model_dir} "
@@ -241,7 +334,8 @@ TASKS = {task.name: task for task in (
     Task("if_ternary",
          "end the condition of an if statement, or go on to the else of an expression",
          (":\n", " else"), templates.if_ternary),
-    Task("var_swap", "`x, y = y, x` and `y, x = x, y`", (" x", " y"), templates.var_swap, local=True),
+    Task("var_swap", "`x, y = y, x` and `y, x = x, y`",
+         (" x", " y"), templates.var_swap, local=True),
     Task("indent_for", "indent the body of a for loop by one level more than the loop",
          (" " * 7, " " * 11), templates.indent_for),
     Task("lambda_func", "a colon after a lambda's parameter, a bracket after a function's name",
@@ -258,17 +352,28 @@ TASKS = {task.name: task for task in (
 
 
 def task_of(name: str) -> Task:
-    """The task of that name; ValueError that names the nearest one."""
-    if name not in TASKS:
-        raise ValueError(f"unknown task '{name}'; the nearest is '{nearest(name, TASKS)}'")
-    return TASKS[name]
+    """The task of that name, or of the pairs in that file.
+
+    ValueError that names the nearest task, or the line of the file that is wrong.
+    """
+    stem, dot, ending = os.path.basename(name).rpartition(".")
+    if dot and ending.lower() in ("jsonl", "csv"):
+        # a folder's name: no space, and no dot in front, which would hide it
+        safe = re.sub(r"[^\w.-]", "_", stem).lstrip(".") or "pairs"
+        return Task(safe, f"pairs from {os.path.basename(name)}", file=read_pairs(name))
+    if name in TASKS:
+        return TASKS[name]
+    if dot or os.path.dirname(name):
+        raise ValueError(f"'{name}' is no task; a file of pairs ends in .jsonl or .csv")
+    raise ValueError(f"unknown task '{name}'; the nearest is '{nearest(name, TASKS)}' "
+                     "(python tasks.py shows all)")
 
 
 # --- the command -----------------------------------------------------------------------------
 
 @dataclass
 class TasksConfig:
-    task: str = "all"
+    task: str = "all"   # or one, or a file of pairs: .jsonl, .csv
     model: str = ""     # a directory in the published format: print its loss; "" = print pairs
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     pairs: int = bounded(500, at_least=1)  # held-out pairs for the loss
@@ -276,13 +381,31 @@ class TasksConfig:
 
 
 def show(task: Task, tokenizer, seed: int) -> None:
-    """Print two pairs of a task, a bar between tokens."""
-    pairs = load_pairs(task, tokenizer, 2, "train", 256, seed)
+    """Print two pairs of a task, a bar between tokens; of a file also how many it has."""
     print(f"\n\n=== {task.name}: {task.description}{' (the last tokens tell)' * task.local}")
-    for ids, last, answer in zip(pairs.ids.tolist(), pairs.last.tolist(), pairs.answer.tolist()):
-        tokens = [tokenizer.decode([t]) for t in ids[: last + 1]]
+    if task.file is None:
+        pairs = load_pairs(task, tokenizer, 2, "train", 256, seed)
+    else:
+        n = len(task.file.lines)
+        # of any length: there is no model here that could be too short for them
+        pairs = load_pairs(task, tokenizer, n, "train", sys.maxsize, seed)
+        print(about(pairs, load_pairs(task, tokenizer, n, "heldout", sys.maxsize, seed)))
+        pairs = pairs.first(2)
+    for ids, answer in zip(pairs.prompts(), pairs.answer.tolist()):
+        tokens = [tokenizer.decode([t]) for t in ids]
         print("-" * 60)
         print("|".join(tokens).replace("\n|", "\n") + f"|   -> {tokenizer.decode([answer])!r}")
+
+
+def about(train: Pairs, heldout: Pairs) -> str:
+    """What is to be known of the pairs of a file."""
+    text = f"{len(train)} training and {len(heldout)} held-out pairs"
+    text += f", {len({*answer_ids(train), *answer_ids(heldout)})} distinct answers"
+    seen = set(map(tuple, train.prompts()))
+    known = sum(tuple(ids) in seen for ids in heldout.prompts())
+    if known:  # pairs are what is kept apart, and one prompt can stand in several
+        text += f"; {known} of the held-out prompts stand in training pairs too"
+    return text
 
 
 def score(cfg: TasksConfig, tasks: list[Task]) -> None:
@@ -295,15 +418,14 @@ def score(cfg: TasksConfig, tasks: list[Task]) -> None:
         margin = margins(model, pairs)
         accuracy = (margin > 0).float().mean()
         print(f"{task.name:28} {loss_of(margin):12.3f} {accuracy:9.3f}", flush=True)
+        if len(pairs) < cfg.pairs:
+            print(f"(on the {len(pairs)} held-out pairs that {task.file.path} has)")
 
 
 def main(argv: list[str]) -> int:
     cfg = parse(TasksConfig, argv)
-    if cfg.task != "all" and cfg.task not in TASKS:
-        die(f"unknown task '{cfg.task}'; the nearest is '{nearest(cfg.task, TASKS)}', "
-            f"and --task=all shows all of: {', '.join(TASKS)}")
-    tasks = list(TASKS.values()) if cfg.task == "all" else [TASKS[cfg.task]]
     try:
+        tasks = list(TASKS.values()) if cfg.task == "all" else [task_of(cfg.task)]
         if cfg.model:
             score(cfg, tasks)
             return 0

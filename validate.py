@@ -32,15 +32,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import (Circuit, Nodes, ablate, alone, circuit_of, inverse, read_circuit,
-                     without_edges, write_circuit)
+from circuit import (FINAL, Circuit, Nodes, ablate, alone, circuit_of, inverse, read_circuit,
+                     twin, without_edges, write_circuit)
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
+from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from model import GPT, device_of, weights_hash
 from prune import PruneConfig, constants_of, find, in_processes, result_or_reason
 from tasks import (Pairs, Task, batches_of, calibrate, calibrated, last_logits, load_model,
                    load_pairs, loss_of, margin_of, margins, task_of, unembed_last)
-from tokens import random_windows
+from tokens import check_tokenizer, random_windows, window_of
 
 POSITIONS = 4096  # pretraining positions that resampled values come from
 PER_WINDOW = 16   # of them in one window: more windows would be slower, fewer less varied
@@ -55,9 +56,11 @@ Say = Callable[[str], None]  # where progress goes, a line at a time
 class ValidateConfig:
     circuit: str = "out/demo/single_double_quote/circuit.json"  # or a directory of tasks' folders
     model: str = ""                 # "" = the directory that the circuit names
+    task: str = ""                  # a file of pairs that was moved; "" = where the circuit says
     data: str = "data/tinypython"   # train.bin: resampled values, means of the shuffled model
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = one_of("cpu", "cuda")
+    window: int = bounded(0, at_least=0)  # tokens of data at a time; 0 = as when it was pruned
     jobs: int = bounded(1, at_least=1)  # with a directory: processes at a time
     seed: int = bounded(0, at_least=0)  # of draws, halves, shuffle; pairs have the circuit's own
     controls: bool = True           # the nonsense and the random-weight control
@@ -82,9 +85,7 @@ class Case:
         # the circuit is `reduced`, the model less the edges that were removed, run with `nodes`
         self.reduced = without_edges(self.model, self.circuit, self.constants)
         self.nodes = ablate(self.circuit.mask, self.constants)
-        # what calibration looks at
-        first = torch.arange(self.settings.fit_pairs, device=self.train.ids.device)
-        self.fit = self.train.take(first)
+        self.fit = self.train.first(self.settings.fit_pairs)  # what calibration looks at
 
     def loss(self, margin: Tensor) -> float:
         """Nats, with the scale and shift of the circuit file."""
@@ -126,13 +127,13 @@ def zero_ablation(case: Case) -> dict:
 
 
 @torch.no_grad()
-def bank_of(model: GPT, path: str, n: int, seed: int) -> Nodes:
-    """Every node's activations (about n, width) at random positions of a file of tokens; a row is
-    the same position at every site."""
-    T = model.config.block_size
+def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
+    """Every node's activations (about n, width) at random positions of a file of tokens, `window`
+    of them at a time (0: block_size); a row is the same position at every site."""
+    T = window or model.config.block_size
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on any device
-    bank = {site: [] for site in model.sites}
+    bank = {site: [] for site in (*model.sites, FINAL)}  # FINAL: published circuits can name it
 
     def keep(site: str, x: Tensor) -> Tensor:
         if site in bank:  # picked at once: whole windows would take many times the memory
@@ -171,7 +172,7 @@ def resample(case: Case) -> dict:
     between two kept nodes stay at their means."""
     n_nodes = sum(len(m) for m in case.circuit.mask.values())
     n = min(POSITIONS, 2**27 // n_nodes)  # 2**27 float32: the bank is at most half a GB
-    bank = bank_of(case.model, case.data, n, case.seed)
+    bank = bank_of(case.model, case.data, n, case.seed, case.settings.window)
 
     # one generator for all: each of the draws is another, and the fit's is none of them
     run = partial(resampled, case, bank, case.generator())
@@ -226,7 +227,7 @@ class FrozenNorm(nn.Module):
 @torch.no_grad()
 def frozen(case: Case, pairs: Pairs) -> Tensor:
     """Margins (2n,) of the circuit where each norm divides by what it divides by in the model."""
-    stiff = copy.deepcopy(case.reduced)
+    stiff = twin(case.reduced)
     told = {}  # site of the stream before a norm -> that norm
     for i, block in enumerate(stiff.transformer.h):
         block.ln_1 = FrozenNorm(block.ln_1)
@@ -267,8 +268,7 @@ def frozen_norms(case: Case) -> dict:
 def nonsense(pairs: Pairs) -> Pairs:
     """The pairs with answers permuted by a rule that no model can know: where a hash of its tokens
     says so, a pair's prompts change places."""
-    # without the padding, so that a pair's rule does not hang on the company it is in
-    prompts = [ids[: n + 1] for ids, n in zip(pairs.ids.tolist(), pairs.last.tolist())]
+    prompts = pairs.prompts()  # unpadded: a pair's rule does not hang on the company it is in
     order = []
     for i in range(0, len(prompts), 2):
         digest = hashlib.sha256(f"nonsense {prompts[i : i + 2]}".encode()).digest()
@@ -301,7 +301,9 @@ def nonsense_control(case: Case, say: Say) -> dict:
 
 def shuffled(model: GPT, generator: torch.Generator) -> GPT:
     """A copy with its weights, biases, embeddings and sinks each permuted: nothing learned."""
-    model = copy.deepcopy(model)
+    # without what is known of the weights, which would hold on to the old ones
+    forget = {id(m.known): {} for m in model.modules() if hasattr(m, "known")}
+    model = copy.deepcopy(model, forget)
     for name, p in model.named_parameters():
         # norms stay, for activations to keep their size; so does the bigram table, which no mask
         # can touch: shuffled, it would drown the logits, and make the control easier to beat
@@ -395,7 +397,8 @@ def renamed(task: Task, seed: int) -> Task:
 def generalisation(case: Case) -> dict:
     """Loss behind further functions and with other names, of circuit and model: where only the
     circuit fails, it is less than what the model does; where both fail, the model knows no more
-    than the task's generator shows. Two shifts of that generator, not code at large."""
+    than the task's generator shows. Two shifts of that generator, not code at large. None for
+    pairs from a file, which has no generator."""
     T = case.model.config.block_size
     seed = case.settings.seed
     vary = {
@@ -405,6 +408,8 @@ def generalisation(case: Case) -> dict:
     out = {}
     for key, varied in vary.items():
         out |= {key: None, f"{key}_unpruned": None}
+        if case.task.file is not None:
+            continue
         try:
             pairs = load_pairs(varied(), case.tokenizer, len(case.heldout), "heldout", T, seed)
         except ValueError:  # there are no such prompts, or none that fit the context
@@ -542,18 +547,39 @@ def settings_from_file(content: dict) -> PruneConfig:
     return settings
 
 
+def task_in(cfg: ValidateConfig, content: dict) -> Task:
+    """The task of a circuit file. ValueError where the file of its pairs is not what it was."""
+    file = content.get("task_file")
+    if file is None:
+        return task_of(content["task"])
+    path = cfg.task or file["path"]
+    if not os.path.exists(path):
+        raise ValueError(f"the file of its pairs, {path}, is not there; say where it is with "
+                         "--task=FILE")
+    task = task_of(path)
+    if task.file is None or task.file.sha256 != file["sha256"]:
+        raise ValueError(f"the pairs in {path} are not those that it was found with; give "
+                         "--task=FILE, or prune the task again")
+    # which pairs are drawn hangs on the name that the file had
+    return replace(task, name=content["task"])
+
+
 def case_of(cfg: ValidateConfig, content: dict) -> Case:
     """Load what a circuit file speaks of. ValueError, in one line, where it is not what it was."""
-    task = task_of(content["task"])
+    task = task_in(cfg, content)
     folder = cfg.model or content["model"]["dir"]
-    if not os.path.exists(os.path.join(folder, "final_model.pt")):
+    if not os.path.isdir(folder):
         raise ValueError(f"its model {folder} is not there; say where it is with --model=DIR")
     if weights_hash(folder) != content["model"]["sha256"]:
         raise ValueError(f"the weights in {folder} are not those that it was found in; "
                          "give --model=DIR, or prune the task again")
     model, tokenizer = load_model(folder, cfg.tokenizer, cfg.device)
+    check_tokenizer(cfg.data, tokenizer_hash(tokenizer_for(folder, cfg.tokenizer)))
     circuit, constants = circuit_of(content, model)
     settings = settings_from_file(content)
+    # of a circuit from before there were windows, as it is now; the folder may have moved
+    window = window_of(folder, model.config.block_size, cfg.window or settings.window)
+    settings = replace(settings, model=folder, window=window)
 
     def draw(n: int, split: str) -> Pairs:
         T = model.config.block_size
@@ -575,7 +601,7 @@ def measured_with(cfg: ValidateConfig, content: dict) -> dict:
     circuit = json.dumps([content[key] for key in keys])
     return {
         "circuit": hashlib.sha256(circuit.encode()).hexdigest()[:16],
-        "data": cfg.data, "tokenizer": cfg.tokenizer, "seed": cfg.seed,
+        "data": cfg.data, "tokenizer": cfg.tokenizer, "seed": cfg.seed, "window": cfg.window,
         "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS,
     }
 

@@ -8,10 +8,10 @@ from collections import defaultdict
 import pytest
 import torch
 
-from circuit import (Circuit, ablate, all_edges, circuit_of, count, drop_unconnected, edges_of,
-                     read_circuit, without_edges)
+from circuit import (Circuit, ablate, all_edges, between, circuit_of, count, drop_unconnected, edges_of,
+                     graph_of, read_circuit, without_edges)
 from tasks import calibrate, calibrated, last_logits, loss_of, margins, task_loss
-from toy import (CIRCUIT, EVERY_SITE, all_nodes, as_mask, by_hand, hand_made, kept_of, nats, one_thread,  # noqa: F401
+from toy import (CIRCUIT, EVERY_SITE, all_nodes, as_mask, by_hand, dense, hand_made, kept_of, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_edges, random_model, scaled, toy_circuit, toy_pairs)
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
@@ -89,7 +89,7 @@ def test_a_shift_moves_the_two_prompts_of_a_pair_apart():
 
 def connected(model, mask, answers, edges=None):
     """Nodes on a path from the tokens to the answers, by plain graph search over named vertices."""
-    edges = edges or all_edges(model)
+    edges = dense(model, edges or all_edges(model))
     c, forward = model.config, defaultdict(set)
     link = lambda a, b: forward[a].add(b)
     stream = [f"{i}.{p}" for i in range(c.n_layer) for p in ("attn", "mlp")]
@@ -146,7 +146,8 @@ def test_kept_nodes_are_those_on_a_path_from_tokens_to_answers(case):
     got, edges = drop_unconnected(model, mask, (2, 3)), random_edges(model, 0.6)
     assert {(s, i) for s, channels in kept_of(got).items() for i in channels} == connected(model, mask, (2, 3))
     for l in range(2):
-        edges[f"{l}.attn.act_in", f"{l}.attn.v"][:, 0] = True
+        ends = f"{l}.attn.act_in", f"{l}.attn.v"
+        edges[ends][graph_of(model).wires[ends].source == 0] = True
     fewer = drop_unconnected(model, mask, (2, 3), edges)
     assert {(s, i) for s, channels in kept_of(fewer).items() for i in channels} == connected(model, mask, (2, 3), edges)
     assert list(got) == model.sites and all(m.dtype == torch.bool for m in got.values())
@@ -194,7 +195,8 @@ def test_edges_are_the_nonzero_weights_between_kept_nodes():
     got = {tuple(e[:4]): e[4] for e in edges_of(model, mask)}
     assert len(got) == len(edges_of(model, mask)) and got == pytest.approx(want, abs=1e-5)
     edges = random_edges(model)
-    assert edges_of(model, mask, edges) == [e for e in edges_of(model, mask) if edges[e[0], e[2]][e[3], e[1]]]
+    kept = dense(model, edges)
+    assert edges_of(model, mask, edges) == [e for e in edges_of(model, mask) if kept[e[0], e[2]][e[3], e[1]]]
 
 
 def test_the_smallest_mlp_circuit_is_three_nodes_and_two_edges():
@@ -233,7 +235,8 @@ def test_a_cut_edge_contributes_its_weight_times_its_sources_mean(options):
 def test_one_cut_edge_of_the_hand_made_circuit_gives_the_logits_that_pencil_and_paper_give():
     model, pairs = hand_made(), toy_pairs(10)
     constants, mask, edges = {s: 0.1 * torch.arange(float(len(m))) for s, m in all_nodes(model).items()}, as_mask(model, CIRCUIT), all_edges(model)
-    edges["0.attn.v", "0.attn.resid_delta"][3, 1] = False  # channel 3 now receives 2.0 * the mean 0.1 of value 1, whatever the prompt
+    ends = "0.attn.v", "0.attn.resid_delta"
+    edges[ends][graph_of(model).wires[ends].place(1, 3)] = False  # channel 3 now receives 2.0 * the mean 0.1 of value 1, whatever the prompt
     got = answer_logits(model, Circuit(mask, edges, 1.0, 0.0, 0.0), constants, pairs)
     # all else: at token 9 the stream has 1 in channel 2, the attention's other writes and all of the MLP's are at their means
     stream = torch.tensor([0.0, 0.1, 1.2, 0.2, 0.4, 0.5]) + torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
@@ -252,7 +255,7 @@ def test_cutting_every_edge_of_a_node_is_ablating_it():
         without[site][channel] = False
         for (a, b), kept in edges.items():
             if a == site:
-                kept[:, channel] = False
+                kept[graph_of(model).wires[a, b].source == channel] = False
         cut, ablated = (answer_logits(model, Circuit(m, e, 1.0, 0.0, 0.0), constants, pairs) for m, e in ((mask, edges), (without, all_edges(model))))
         torch.testing.assert_close(cut, ablated, msg=lambda text: f"{site}: {text}")
 
@@ -276,7 +279,8 @@ def test_with_all_edges_kept_the_model_in_which_a_circuit_runs_is_the_model():
 
 def test_the_size_counts_nodes_and_the_kept_weights_between_them():
     model = random_model(n_layer=2, keep=0.5)
-    circuit = Circuit({s: torch.rand(len(m)) < 0.6 for s, m in all_nodes(model).items()}, random_edges(model), 1.0, 0.0, 0.0)
+    mask = {s: torch.rand(len(m)) < 0.6 for s, m in all_nodes(model).items()}
+    circuit = Circuit(mask, between(model, mask, random_edges(model)), 1.0, 0.0, 0.0)
     assert circuit.size == (sum(int(m.sum()) for m in circuit.mask.values()), len(edges_of(model, circuit.mask, circuit.edges)))
 
 

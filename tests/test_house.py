@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # The rooms from the ground up: a file imports only from those before its own.
-ROOMS = ["config", "fast", "ops", "model", "optim", "tokens", "train", "tasks", "circuit", "minimise",
+ROOMS = ["config", "fast", "ops", "model", "optim", "tokens", "train", "tasks", "circuit", "live", "minimise",
          "prune", "validate", "bridge", "steer", "view"]
 # Packages that only side paths need: they may be imported where they are used.
 OPTIONAL = {"matplotlib", "optuna", "rustbpe", "safetensors", "triton", "pyarrow"}
@@ -15,7 +15,7 @@ DATA = {"data/tinypython/idioms.py", "data/tinypython/filler.py"}  # tables of w
 
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("", "fast", "tools", "data/tinypython")
+    for folder in ("", "fast", "tools", "data", "data/tinypython")
     for path in (ROOT / folder).glob("*.py")
 )
 every_script = pytest.mark.parametrize("script", SCRIPTS)

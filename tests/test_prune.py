@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import prune
-from circuit import ablate, all_edges, drop_unconnected, edges_of
+from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig, record
 from prune import SLACK, Gates, attribution, learn_masks, node_means
 from tasks import TASKS, Task, margins, task_loss
+from tokens import random_windows
 from toy import (CIRCUIT, SHAPE, TOY, TOY_EDGES, Digits, all_nodes, as_mask, best_fit, hand_made, kept_of, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_model, scaled, toy_circuit, toy_circuits, toy_pairs, toy_prompts,
                  toy_setup)
@@ -50,6 +51,36 @@ def test_node_means_refuse_a_file_shorter_than_a_block(tmp_path):
     np.arange(7).astype("<u2").tofile(tmp_path / "short.bin")
     with pytest.raises(ValueError, match="short.bin"):
         node_means(random_model(), str(tmp_path / "short.bin"), 800, 0)
+
+
+def test_means_are_over_windows_as_long_as_in_training(tmp_path, monkeypatch):
+    model = random_model(block_size=1024)
+    model, cfg, _ = toy_setup(tmp_path, model)
+    lengths = []
+
+    def windows(path, vocab_size, block_size, *rest):
+        lengths.append(block_size)
+        return random_windows(path, vocab_size, block_size, *rest)
+
+    monkeypatch.setattr(prune, "random_windows", windows)
+    for window, length in ((0, 256), (16, 16), (1024, 1024)):
+        got = prune.constants_of(model, replace(cfg, window=window))
+        want = node_means(model, str(tmp_path / "train.bin"), 2048, 0, window=length)
+        assert lengths == [length, length] and all(torch.equal(got[s], want[s]) for s in model.sites)
+        assert prune.settings_in_file(replace(cfg, window=window))["window"] == length
+        lengths.clear()
+    (tmp_path / "train.toml").write_text("block_size = 512\n")
+    prune.constants_of(model, cfg)
+    assert lengths == [512]
+    with pytest.raises(ValueError, match="window 2000"):
+        prune.constants_of(model, replace(cfg, window=2000))
+
+
+def test_means_over_data_of_another_tokenizer_are_refused(tmp_path):
+    model, cfg, _ = toy_setup(tmp_path)
+    (tmp_path / "meta.json").write_text('{"tokenizer_hash": "of another one"}')
+    with pytest.raises(ValueError, match="another tokenizer"):
+        prune.constants_of(model, cfg)
 
 
 # --- gates and mask learning ----------------------------------------------------------------------
@@ -142,7 +173,7 @@ def read(model, c, pairs, keep=True):
     """Margins by the file alone: the circuit runs free, or with keep=False all but its nodes; the rest sits at the file's means."""
     means, edges = {s: torch.tensor(m) for s, m in c["means"].items()}, {k: torch.zeros_like(e) for k, e in all_edges(model).items()}
     for a, j, b, i, _ in c["edges"]:
-        edges[a, b][i, j] = True
+        edges[a, b][graph_of(model).wires[a, b].place(j, i)] = True
     mask = as_mask(model, c["nodes"])
     if not keep:
         mask, edges = {s: ~m for s, m in mask.items()}, all_edges(model)
@@ -243,10 +274,10 @@ def test_attribution_ranks_without_mask_learning_and_gives_another_circuit(tmp_p
 
 def test_a_minimal_circuits_file_lists_what_is_left_and_only_that(tmp_path):
     model, _, c = toy_circuit(tmp_path, parallel_model(cross=-0.3), minimal=True, target_loss=(0.42,))
-    mask, edges = as_mask(model, c["nodes"]), {k: torch.zeros_like(e) for k, e in all_edges(model).items()}
+    mask, edges, wires = as_mask(model, c["nodes"]), {k: torch.zeros_like(e) for k, e in all_edges(model).items()}, graph_of(model).wires
     for a, j, b, i, weight in c["edges"]:
         assert {a: mask[a][j], b: mask[b][i]} == {a: True, b: True}
-        edges[a, b][i, j] = True
+        edges[a, b][wires[a, b].place(j, i)] = True
     assert kept_of(drop_unconnected(model, mask, (2, 3), edges)) == c["nodes"]  # each has a path over the listed edges alone
     whole = [e[:4] for e in edges_of(model, mask)]
     removed = [e for e in whole if e not in [e[:4] for e in c["edges"]]]
@@ -348,7 +379,8 @@ ALL = {"toy": TOY, "through": Task("through", "", ("6", "7"), toy_prompts), "bli
 @pytest.fixture
 def everything(tmp_path, monkeypatch):
     """Runs --task=all on four toy tasks: two can be solved, one cannot, one has an answer of two tokens."""
-    monkeypatch.setattr(prune, "TASKS", ALL)
+    for module in ("tasks", "prune"):
+        monkeypatch.setattr(f"{module}.TASKS", ALL)
     monkeypatch.setattr(prune, "ProcessPoolExecutor", Here)
     monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
     toy_setup(tmp_path, two_tasks_model())

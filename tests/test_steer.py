@@ -1,7 +1,10 @@
 """steer.py: the intervention against its formula, on pairs of models whose bridge is known; the
 file, and bad input."""
 import copy
+import hashlib
 import json
+import random
+import shutil
 import sys
 
 import numpy as np
@@ -288,6 +291,30 @@ def test_with_matplotlib_there_is_a_plot(command):
     pytest.importorskip("matplotlib")
     assert command() == 0
     assert (command.run / "steer" / "toy" / "steer.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_pairs_from_a_file_steer_by_the_circuit_of_that_very_file(command, capsys):
+    r = random.Random(0)
+    pairs = list(dict.fromkeys(TOY.prompts(r) for _ in range(90)))
+    file = command.run / "my pairs.jsonl"
+    lines = [json.dumps({"prompts": pair, "answers": ["2", "3"]}) for pair in pairs]
+    file.write_text("\n".join(lines))
+    circuit = command.run / "my_pairs" / "circuit.json"
+    circuit.parent.mkdir()
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    content = {**command.circuit, "task": "my_pairs"}
+    circuit.write_text(json.dumps(content))
+    refused(command, capsys, task=str(file), says=["other pairs"])
+    circuit.write_text(json.dumps({**content, "task_file": {"path": "", "sha256": sha256}}))
+    assert command("--channels=1", task=str(file)) == 0
+    result = json.loads((command.run / "steer" / "my_pairs" / "steer.json").read_text())
+    assert result["task"] == "my_pairs" and 10 < result["n_pairs"] < 40  # all that are held out
+    assert result["steered"]["mean"][-1] > 0.5 > result["steered"]["mean"][0]
+
+    shutil.rmtree(command.run / "steer")
+    file.write_text("\n".join(lines[1:]))
+    refused(command, capsys, task=str(file), says=["other pairs"])
+    refused(command, capsys, task=str(file.with_name("no.csv")), says=["no.csv"])
 
 
 def refused(command, capsys, *args, says, task="toy"):

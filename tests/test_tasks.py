@@ -1,9 +1,14 @@
 """tasks.py: pairs differ only where the behaviour is decided, never leak between splits, and stand in ordinary code."""
 import ast
+import csv
+import hashlib
+import io
+import json
 import math
 import os
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +17,8 @@ import torch.nn.functional as F
 from data.tinypython.filler import FILES
 from data.tinypython.tokenizer import DEFAULT, EOT_ID, load_tokenizer, tokenizer_hash
 from model import GPT, GPTConfig
-from tasks import TASKS, Pairs, Task, last_logits, load_model, load_pairs, main, task_loss
+from tasks import (TASKS, Pairs, Task, answer_ids, last_logits, load_model, load_pairs, loss_of, main, margins, task_loss,
+                   task_of)
 
 BLOCK = 128
 NAMES = """single_double_quote bracket_counting set_or_string set_or_string_fixedvarname final_kwarg class_init with_as
@@ -462,11 +468,11 @@ def test_a_model_that_cannot_take_the_prompts_is_one_line_and_exit_2(options, sa
     refused([f"--model={tiny(tmp_path, **options)}", "--pairs=1", "--task=var_swap"], says, capsys)
 
 
-def refused(argv: list[str], says: str, capsys) -> None:
+def refused(argv: list[str], says: str, capsys, too: str = "") -> None:
     with pytest.raises(SystemExit) as exit:
         main(argv)
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and says in err and err.count("\n") == 1
+    assert exit.value.code == 2 and says in err and too in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("line, fits", [("", True), ('tokenizer_hash = ""', True), (f'tokenizer_hash = "{tokenizer_hash()}"', True),
@@ -480,3 +486,257 @@ def test_a_model_trained_on_another_tokenizers_data_is_refused(tmp_path, line, f
     else:
         with pytest.raises(ValueError, match="another tokenizer"):
             load_model(str(tmp_path), str(DEFAULT))
+
+
+# --- pairs from a file ------------------------------------------------------------------------
+
+NAMES_ASKED = (" name", " value", " path", " key", " item")
+
+
+def written_pairs(n=200, task="single_double_quote") -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """n distinct pairs as a built-in task draws them, with its answers."""
+    r, found = random.Random(1), {}
+    while len(found) < n:
+        found[TASKS[task].prompts(r)] = TASKS[task].answers
+    return list(found.items())
+
+
+def many_answers(n=100) -> list:
+    """Pairs of different lengths whose answers differ from pair to pair."""
+    found = []
+    for i in range(n):
+        a, b = NAMES_ASKED[i % 5], NAMES_ASKED[(i + 1 + i // 5 % 4) % 5]
+        found.append(((f"    x{i} ={a}\n    y =", f"    x{i} = 3 +{b}\n    y ="), (a, b)))
+    return found
+
+
+def as_jsonl(pairs) -> str:
+    return "".join(json.dumps({"prompts": p, "answers": a, "source": "anything"}) + "\n" for p, a in pairs)
+
+
+def as_csv(pairs, newline="\n") -> str:
+    """With the columns in another order, and one that nobody asked for."""
+    out = io.StringIO(newline="")
+    rows = csv.writer(out, lineterminator=newline)
+    rows.writerow(["wrong", "clean", "note", "answer", "corrupted"])
+    rows.writerows([wrong, clean, "a, b", answer, corrupted] for (clean, corrupted), (answer, wrong) in pairs)
+    return out.getvalue()
+
+
+def write(path, text: str | bytes):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def all_of(path, tokenizer, block=BLOCK) -> list[tuple]:
+    """Every pair of a file: the two prompts' tokens and the two answers', in any order."""
+    found = []
+    for split in ("train", "heldout"):
+        pairs = load_pairs(task_of(path), tokenizer, 10**6, split, block)
+        found += zip(as_pairs(pairs), pairs.answer.view(-1, 2).tolist())
+    return sorted(found)
+
+
+def test_a_file_of_a_built_in_tasks_pairs_is_that_task(tokenizer, tmp_path):
+    """The same pairs in the same splits, and the same loss of a model on them, in both formats."""
+    task = TASKS["single_double_quote"]
+    drawn = {split: load_pairs(task, tokenizer, n, split, BLOCK) for split, n in (("train", 150), ("heldout", 50))}
+    pairs = [(pair, task.answers) for split in drawn.values() for pair in texts(split, tokenizer)]
+    model = GPT.load(tiny(tmp_path / "model")).requires_grad_(False)
+    for name, text in (("a.jsonl", as_jsonl(pairs)), ("a.csv", as_csv(pairs))):
+        file = task_of(write(tmp_path / name, text))
+        for split, theirs in drawn.items():
+            ours = load_pairs(file, tokenizer, 500, split, BLOCK)
+            assert sorted(as_pairs(ours)) == sorted(as_pairs(theirs))
+            assert ours.answer.tolist() == theirs.answer.tolist() and ours.wrong.tolist() == theirs.wrong.tolist()
+            assert loss_of(margins(model, ours)) == pytest.approx(loss_of(margins(model, theirs)), rel=1e-5)
+
+
+def test_text_and_token_ids_are_the_same_pairs_in_the_same_splits(tokenizer, tmp_path):
+    pairs = many_answers()
+    encode = tokenizer.encode_ordinary
+    ids = [([encode(p) for p in prompts], [encode(a)[0] for a in answers]) for prompts, answers in pairs]
+    mixed = [((a, encode(b)), (x, encode(y)[0])) for (a, b), (x, y) in pairs]
+    files = [task_of(write(tmp_path / f"{name}.jsonl", as_jsonl(p))) for name, p in (("t", pairs), ("i", ids), ("m", mixed))]
+    for split in ("train", "heldout"):
+        text, *others = (load_pairs(replace(f, name="one"), tokenizer, 100, split, BLOCK) for f in files)
+        assert all(same(text, other) for other in others)
+
+
+def test_each_pair_has_its_own_answers_and_prompts_of_any_length(tokenizer, tmp_path):
+    pairs = many_answers()
+    encode = tokenizer.encode_ordinary
+    expected = sorted((tuple(tuple(encode(p)) for p in prompts), [encode(a)[0] for a in answers]) for prompts, answers in pairs)
+    path = write(tmp_path / "a.jsonl", as_jsonl(pairs))
+    assert all_of(path, tokenizer) == expected == all_of(write(tmp_path / "a.csv", as_csv(pairs)), tokenizer)
+    train = load_pairs(task_of(path), tokenizer, 1000, "train", BLOCK)
+    assert torch.equal(train.wrong, train.answer.view(-1, 2).flip(1).flatten())
+    assert answer_ids(train) == sorted(encode(a)[0] for a in NAMES_ASKED)
+    assert (train.last[::2] != train.last[1::2]).any()
+
+
+def test_a_pair_of_a_file_is_in_one_split_whatever_the_seed_and_the_company(tokenizer, tmp_path):
+    pairs = many_answers()
+    task, less = (task_of(write(tmp_path / n, as_jsonl(p))) for n, p in (("a.jsonl", pairs), ("b.jsonl", pairs[::-1][:70])))
+    train, heldout = (set(as_pairs(load_pairs(task, tokenizer, 100, split, BLOCK))) for split in ("train", "heldout"))
+    assert len(train) + len(heldout) == 100 and not train & heldout and 10 <= len(heldout) <= 40
+    for task in (task, less):
+        for seed in (1, 2):
+            assert set(as_pairs(load_pairs(task, tokenizer, 100, "train", BLOCK, seed))) <= train
+            assert set(as_pairs(load_pairs(task, tokenizer, 100, "heldout", BLOCK, seed))) <= heldout
+
+
+def test_a_files_pairs_are_drawn_by_seed_and_fewer_are_the_first_of_more(tokenizer, tmp_path):
+    task = task_of(write(tmp_path / "a.jsonl", as_jsonl(written_pairs())))
+    few, more, other = (load_pairs(task, tokenizer, n, "train", BLOCK, seed) for n, seed in ((20, 0), (60, 0), (20, 1)))
+    assert len(few) == 20 and as_pairs(few) == as_pairs(more)[:20] == as_pairs(more.first(20)) != as_pairs(other)
+    assert len(more.first(1000)) == 60
+
+
+@pytest.mark.parametrize("text", [
+    lambda: as_jsonl(many_answers()).replace("\n", "\r\n"), lambda: "\n" + as_jsonl(many_answers()) + "\n  \n",
+    lambda: "\ufeff" + as_jsonl(many_answers()), lambda: as_jsonl(many_answers())[:-1],
+    lambda: "".join(json.dumps({"answers": a, "prompts": p}, ensure_ascii=False) + "\n" for p, a in many_answers())],
+    ids=["windows", "blank lines", "mark of order", "no last newline", "keys in another order"])
+def test_jsonl_files_as_people_have_them(text, tokenizer, tmp_path):
+    expected = all_of(write(tmp_path / "a.jsonl", as_jsonl(many_answers())), tokenizer)
+    assert all_of(write(tmp_path / "b.jsonl", text()), tokenizer) == expected
+
+
+@pytest.mark.parametrize("text", [
+    lambda: as_csv(many_answers(), "\r\n"), lambda: as_csv(many_answers()).replace("\n", "\r\n"), lambda: "\ufeff" + as_csv(many_answers()),
+    lambda: as_csv(many_answers()) + "\n,,,,\n\n", lambda: as_csv(many_answers()).replace("clean", " Clean ", 1)],
+    ids=["windows rows", "windows texts", "mark of order", "empty rows", "header as typed"])
+def test_csv_files_as_people_have_them(text, tokenizer, tmp_path):
+    expected = all_of(write(tmp_path / "a.jsonl", as_jsonl(many_answers())), tokenizer)
+    assert all_of(write(tmp_path / "b.csv", text()), tokenizer) == expected
+
+
+def test_a_json_string_may_hold_what_other_programs_take_for_a_line_end(tokenizer, tmp_path):
+    pairs = [((f"{a}\u2028\x85 é", f"{b}\u2028 é"), answers) for (a, b), answers in many_answers()]
+    raw = "".join(json.dumps({"prompts": p, "answers": a}, ensure_ascii=False) + "\n" for p, a in pairs)
+    assert len(all_of(write(tmp_path / "a.jsonl", raw), tokenizer)) == 100
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("quotes.jsonl", "quotes"), ("my quotes, é.JSONL", "my_quotes__é"), ("a.b.csv", "a.b"), ("...jsonl", "pairs"), (".csv.jsonl", "csv"), ("x;y$(z).csv", "x_y__z_")])
+def test_a_file_names_its_task(name, expected, tokenizer, tmp_path):
+    folder = tmp_path / "my folder"
+    folder.mkdir()
+    text = as_csv if name.lower().endswith("csv") else as_jsonl
+    path = write(folder / name, text(many_answers()))
+    folder.chmod(0o555)  # nothing is written beside it
+    task = task_of(path)
+    folder.chmod(0o755)
+    assert task.name == expected and name in task.description and task.file.path == path
+    assert task.file.sha256 == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    assert os.listdir(folder) == [name] and len(load_pairs(task, tokenizer, 9, "train", BLOCK)) == 9
+
+
+# --- files that are not as they should be: line 3 of a .jsonl, the second pair of a .csv ----------
+
+GOOD = {"prompts": ["a = ", "b = "], "answers": [" name", " value"]}
+BAD_LINES = {
+    "not JSON": ('{"prompts": [', "not JSON"), "a digit too many": ("9" * 5000, "not JSON"), "too deep": ("[" * 99999, "not JSON"),
+    "not an object": ("[1, 2]", "not an object"), "no prompts": ({"answers": ["x", "y"]}, "'prompts'"), "no answers": ({"prompts": ["x", "y"]}, "'answers'"),
+    "three prompts": ({**GOOD, "prompts": ["a", "b", "c"]}, "a list of two"), "one text": ({**GOOD, "prompts": "ab"}, "a list of two"),
+    "a number for a prompt": ({**GOOD, "prompts": ["a", 3]}, "neither text nor a list of token ids"),
+    "true for an id": ({**GOOD, "prompts": ["a", [True]]}, "neither text nor a list of token ids"),
+    "half an id": ({**GOOD, "prompts": ["a", [1.5]]}, "neither text nor a list of token ids"),
+    "no answer": ({**GOOD, "answers": [" name", None]}, "neither text nor a token id"),
+    "the same answers": ({**GOOD, "answers": [" name", " name"]}, "answers are the same"),
+    "the same prompts": ({**GOOD, "prompts": ["a = ", "a = "]}, "prompts are the same"),
+    "an empty prompt": ({**GOOD, "prompts": ["", "a"]}, "a prompt is empty"), "no ids": ({**GOOD, "prompts": [[], "a"]}, "a prompt is empty"),
+    "an empty answer": ({**GOOD, "answers": ["", " name"]}, "an answer is empty"),
+    "a long prompt": ({**GOOD, "prompts": ["a", [5] * 65]}, "65 tokens, and the model takes 64"),
+    "an id too high": ({**GOOD, "prompts": [[1, 2048], "a"]}, "token 2048 is outside the vocabulary of 2048"),
+    "a negative id": ({**GOOD, "answers": [-1, " name"]}, "token -1 is outside the vocabulary"),
+    "an answer of several tokens": ({**GOOD, "answers": [" unquestionable", " name"]}, "' unquestionable' is not a single token"),
+    "twice": (json.dumps({"prompts": many_answers()[0][0], "answers": [" key", " item"]}), "the two prompts of line 1"),
+    "twice, the other way round": ({"prompts": many_answers()[0][0][::-1], "answers": [" key", " item"]}, "the two prompts of line 1"),
+    "half a surrogate pair": ('{"prompts": ["\\ud800", "a"], "answers": [" name", " value"]}', "surrogates"),
+}
+BAD_ROWS = {
+    "too few cells": ("a,b,c", "3 cells"), "too many cells": ("a,b,c,d,e,f", "6 cells"), "an open quote": ('"a,b,n,c,d', "not CSV"),
+    "text after a quote": ('"a"b,c,n,d,e', "not CSV"), "the same answers": (' name,a,n, name,b', "answers are the same"),
+    "an empty prompt": (" name,,n, value,b", "a prompt is empty"), "a long cell": (f" name,{'x' * 140000},n, value,b", "not CSV"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_of_a_jsonl_is_named(bad, tokenizer, tmp_path, capsys):
+    line, says = BAD_LINES[bad]
+    lines = as_jsonl(many_answers()).splitlines()
+    lines[2:2] = [line if isinstance(line, str) else json.dumps(line)]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    model = tiny(tmp_path / "model", block_size=64)
+    refused([f"--task={path}", f"--model={model}"], f"{path}, line 3: ", capsys, says)
+    with pytest.raises(ValueError, match="line 3: "):  # in whichever split it would be
+        load_pairs(task_of(path), tokenizer, 1, "heldout", 64), load_pairs(task_of(path), tokenizer, 1, "train", 64)
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_bad_row_of_a_csv_is_named_by_its_first_line(bad, tmp_path, capsys):
+    row, says = BAD_ROWS[bad]
+    header, *rows = as_csv(many_answers()).split("\n")
+    # each pair takes three lines, for both its prompts hold a newline: the second begins at the fifth
+    path = write(tmp_path / "a.csv", "\n".join([header, *rows[:3], row, *rows[3:]]))
+    refused([f"--task={path}"], f"{path}, line 5: ", capsys, says)
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("a.jsonl", as_jsonl(many_answers()).encode() + b'{"prompts": ["\xff', "line 101: it is not UTF-8"), ("a.jsonl", as_jsonl(many_answers()).encode("utf-16"), "line 1: it is not UTF-8"),
+    ("a.csv", as_csv(many_answers()).encode("utf-16"), "line 1: it is not UTF-8"),
+    ("a.jsonl", as_jsonl(many_answers(63)), "63 pairs; a task needs at least 64"), ("a.jsonl", "", "0 pairs"), ("a.csv", "", "header"),
+    ("a.csv", as_csv(many_answers()).split("\n", 1)[1], "line 1: a header"), ("a.csv", "clean,corrupted,answer\na,b,c\n", "clean, corrupted, answer, wrong"),
+    ("a.csv", as_csv(many_answers()).replace(",", ";"), "wrong;clean;note;answer;corrupted"), ("a.csv", "clean,clean,corrupted,answer,wrong\n", "once"),
+    ("a.jsonl", "[\n" + as_jsonl(many_answers()), "line 1: it is not JSON"), ("a.json", as_jsonl(many_answers()), "ends in .jsonl or .csv")],
+    ids=["not UTF-8", "utf-16", "csv in utf-16", "63 pairs", "empty", "empty csv", "no header", "no wrong", "semicolons", "a column twice", "an array", "json"])
+def test_a_file_that_is_none_is_one_line_and_exit_2(name, text, says, tmp_path, capsys):
+    refused([f"--task={write(tmp_path / name, text)}"], says, capsys)
+
+
+def test_a_file_that_is_not_there_is_one_line_and_exit_2(tmp_path, capsys):
+    refused([f"--task={tmp_path}/a.jsonl"], f"cannot read the pairs in {tmp_path}/a.jsonl: No such file", capsys)
+    refused(["--task=nowhere.csv"], "nowhere.csv", capsys, "No such file")
+    (tmp_path / "b.csv").mkdir()
+    refused([f"--task={tmp_path}/b.csv"], "b.csv", capsys, "directory")
+    refused(["--task=folder/for_while"], "'folder/for_while' is no task", capsys)
+
+
+def test_the_message_shows_how_the_tokenizer_splits_an_answer(tokenizer, tmp_path):
+    pairs = many_answers() + [(("p", "q"), (" unquestionable", " name"))]
+    with pytest.raises(ValueError) as error:
+        load_pairs(task_of(write(tmp_path / "a.jsonl", as_jsonl(pairs))), tokenizer, 9, "train", BLOCK)
+    shown = str(error.value).split("splits it into ")[1]
+    assert "".join(map(ast.literal_eval, re.findall("'[^']*'", shown))) == " unquestionable" and shown.count("'") > 2
+
+
+def test_the_command_prints_two_pairs_of_a_file_and_how_many_it_has(tokenizer, tmp_path, capsys):
+    pairs = many_answers() + [((many_answers()[i][0][0], "z ="), (" name", " value")) for i in range(10)]
+    path = write(tmp_path / "my pairs.jsonl", as_jsonl(pairs))
+    assert main([f"--task={path}"]) == 0
+    out = capsys.readouterr().out
+    assert "=== my_pairs: pairs from my pairs.jsonl\n" in out and out.count("   -> ") == 4
+    train, heldout = (load_pairs(task_of(path), tokenizer, 200, split, BLOCK) for split in ("train", "heldout"))
+    assert f"{len(train)} training and {len(heldout)} held-out pairs, 5 distinct answers" in out
+    known = sum(prompt in prompts(train) for prompt in prompts(heldout))
+    assert known and f"; {known} of the held-out prompts stand in training pairs too" in out
+
+
+def test_the_command_scores_a_model_on_all_held_out_pairs_of_a_file(tokenizer, tmp_path, capsys):
+    path = write(tmp_path / "a.csv", as_csv(many_answers()))
+    model_dir = tiny(tmp_path / "model")
+    assert main([f"--task={path}", f"--model={model_dir}"]) == 0
+    _, row, note = capsys.readouterr().out.splitlines()
+    pairs = load_pairs(task_of(path), tokenizer, 500, "heldout", BLOCK)
+    model = GPT.load(model_dir).requires_grad_(False)
+    assert float(row.split()[1]) == pytest.approx(task_loss(last_logits(model, pairs), pairs).item(), abs=6e-4)
+    assert note == f"(on the {len(pairs)} held-out pairs that {path} has)"
+    assert main([f"--task={path}", f"--model={model_dir}", "--pairs=5"]) == 0
+    assert "(on the" not in capsys.readouterr().out
+
+
+def test_answer_ids_are_the_distinct_answers(tokenizer):
+    assert answer_ids(load_pairs(TASKS["var_swap"], tokenizer, 5, "train", BLOCK)) == sorted(tokenizer.encode_ordinary(a)[0] for a in (" x", " y"))
+    assert all(type(i) is int for i in answer_ids(make_pairs())) and answer_ids(make_pairs(200)) == list(range(30))

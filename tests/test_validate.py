@@ -74,11 +74,19 @@ def test_a_row_of_the_bank_is_one_position_of_the_data_at_every_site(tmp_path):
     ids, record = torch.from_numpy(np.fromfile(tmp_path / "one.bin", "<u2").astype(np.int64))[None], {}
     model(ids, nodes=lambda s, x: record.setdefault(s, x))
     bank = bank_of(model, str(tmp_path / "one.bin"), 640, 0)
-    assert set(bank) == set(model.sites)
+    assert set(bank) == {*model.sites, "final_resid"}
     everything = torch.cat([record[s][0] for s in model.sites], 1)  # (T, all nodes)
     distance = torch.cdist(torch.cat([bank[s] for s in model.sites], 1), everything, compute_mode="donot_use_mm_for_euclid_dist")
     assert len(distance) == 640 and distance.min(1).values.max() < 1e-4
     assert distance.argmin(1).bincount(minlength=8).min() > 40  # all eight, 80 each but for chance
+
+
+def test_a_bank_is_of_windows_as_long_as_asked(tmp_path, monkeypatch):
+    model, lengths = random_model(**OPTIONS | dict(block_size=1024)), []
+    np.random.default_rng(1).integers(0, 10, 2000).astype("<u2").tofile(tmp_path / "train.bin")
+    monkeypatch.setattr(model, "embed", lambda ids: lengths.append(ids.shape) or type(model).embed(model, ids))
+    bank = bank_of(model, str(tmp_path / "train.bin"), 64, 0, 20)
+    assert lengths == [(4, 20)] and {len(rows) for rows in bank.values()} == {64}
 
 
 def test_resampling_is_what_a_forward_pass_per_prompt_gives(tmp_path):
@@ -400,6 +408,21 @@ def command(toy_run, tmp_path, monkeypatch):
 
     run.path = path
     return run
+
+
+@pytest.mark.parametrize("stored, asked, used", [(8, 0, 8), (0, 0, 8), (5, 0, 5), (5, 3, 3)])
+def test_resampling_takes_the_window_that_is_asked_or_that_pruning_had(command, toy_run, monkeypatch, stored, asked, used):
+    seen = []
+    monkeypatch.setattr(validate, "MEASURES", (lambda case: seen.append(case.settings.window) or {},))
+    monkeypatch.setattr(validate, "verdict", lambda *_: {})
+    monkeypatch.setattr(validate, "card_text", lambda content: "")
+    assert toy_run[0]["settings"]["window"] == 8  # the whole block
+    c = json.loads(command.path.read_text())
+    c["settings"]["window"] = stored
+    if not stored:  # as circuits were before there were windows
+        del c["settings"]["window"]
+    command.path.write_text(json.dumps(c))
+    assert command("--controls=false", f"--window={asked}") == 0 and seen == [used]
 
 
 def test_the_card_is_written_into_the_file_and_what_was_there_stays(command, toy_run, capsys):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import prune
-from circuit import all_edges
+from circuit import all_edges, graph_of
 from model import GPT, GPTConfig, SITES
 from ops import abstopk
 from prune import PruneConfig, node_means
@@ -146,13 +146,23 @@ def random_edges(model, share=0.7):
     return {key: kept & (torch.rand(kept.shape) < share) for key, kept in all_edges(model).items()}
 
 
+def dense(model, edges):
+    """(from site, to site) -> bool (to channels, from channels): where a nonzero weight is kept."""
+    found = {}
+    for (a, b), kept in edges.items():
+        wires = graph_of(model).wires[a, b]
+        found[a, b] = torch.zeros(model.config.site_width(b), model.config.site_width(a), dtype=torch.bool)
+        found[a, b][wires.to[kept], wires.source[kept]] = True
+    return found
+
+
 # --- a circuit run without circuit.py -------------------------------------------------------------
 
 def by_hand(model, mask, edges, means):
     """The node function of a circuit: each site is computed anew from the one that it reads, every
     weight between two nodes that `edges` lacks seeing its source's mean; then nodes outside `mask`
     are put at their means."""
-    c, seen = model.config, {}
+    c, seen, edges = model.config, {}, dense(model, edges)
     width = c.n_head * c.d_head
 
     def fn(site, x):

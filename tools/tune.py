@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,12 +25,11 @@ from dataclasses import asdict, dataclass, fields, replace
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse, to_toml, write_atomic
 
-import torch
-
 from circuit import Circuit
 from model import GPT, weights_hash
 from prune import PruneConfig, check_prune, constants_of, find
-from tasks import TASKS, Pairs, calibrate, calibrated, load_model, load_pairs, loss_of, margins
+from tasks import (Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of, margins,
+                   task_of)
 
 # The centres of the paper's own search; these eight are what is searched.
 PAPER = dict(k_coef=1e-4, init_noise_scale=1e-2, init_noise_bias=1e-1, weight_decay=1e-3, lr=3e-3,
@@ -100,28 +98,30 @@ def needs_optuna():
     return optuna
 
 
-def solved_pairs(cfg: PruneConfig, model: GPT, tokenizer) -> Pairs:
+def solved_pairs(cfg: PruneConfig, task: Task, model: GPT, tokenizer) -> Pairs:
     """The task's training pairs. ValueError where the whole model does not solve it on them."""
     T = model.config.block_size
-    pairs = load_pairs(TASKS[cfg.task], tokenizer, cfg.train_pairs, "train", T, cfg.seed)
+    pairs = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed)
     pairs = pairs.to(cfg.device)
     # calibrated, as its circuits will be
-    whole = margins(model, pairs.take(torch.arange(cfg.fit_pairs, device=cfg.device)))
+    whole = margins(model, pairs.first(cfg.fit_pairs))
     loss = loss_of(calibrated(whole, *calibrate(whole)))
     target = min(cfg.target_loss)
     if not loss <= target:
-        raise ValueError(f"the unpruned model does not solve {cfg.task}: loss {loss:.3f} nats on "
+        raise ValueError(f"the unpruned model does not solve {task.name}: loss {loss:.3f} nats on "
                          f"training pairs, target {target}; train longer, or raise --target_loss")
     return pairs
 
 
-def open_study(journal: str, plain: PruneConfig):
+def open_study(journal: str, plain: PruneConfig, task: Task):
     """The trials of this model and these settings in the file `journal`, and how many there are."""
     optuna = needs_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # neither what is searched parts two studies, nor what has no bearing on a trial
     free = {*PAPER, "model", "out_dir", "jobs"}
     fixed = {key: value for key, value in asdict(plain).items() if key not in free}
+    if task.file is not None:  # its pairs are what counts, wherever they lie
+        fixed["task"] = task.file.sha256
     name = json.dumps({"sha256": weights_hash(plain.model), **fixed}, sort_keys=True)
     try:
         storage = optuna.storages.JournalStorage(
@@ -155,7 +155,7 @@ def quiet(text: str) -> None:
 
 def run_trials(study, done: int, cfg: TuneConfig, given: PruneConfig, run: Callable) -> None:
     """Bring a study from `done` trials to `cfg.trials`: each is `run(settings)` and a line."""
-    clock = time.time()
+    clock = time.monotonic()
     for i in range(done, cfg.trials):
         trial, values = next_trial(study, i, given)
         circuits = run(values)
@@ -165,7 +165,7 @@ def run_trials(study, done: int, cfg: TuneConfig, given: PruneConfig, run: Calla
         best = "none" if study.best_value >= MISSED else f"{study.best_value:.4g} edges"
         n = i + 1
         # by the trials of this call alone: earlier ones took no time of it
-        left = (time.time() - clock) / (n - done) * (cfg.trials - n)
+        left = (time.monotonic() - clock) / (n - done) * (cfg.trials - n)
         print(f"trial {n}/{cfg.trials}  {'; '.join(sizes)}  best so far {best}  {left:.0f} s left",
               flush=True)
 
@@ -174,8 +174,8 @@ def tune(cfg: TuneConfig) -> None:
     """Bring the trials of a model and task to `cfg.trials`; write the best settings to
     DIR/task/tuned.toml.
 
-    ValueError or OSError, in one line, where that cannot be done. Ctrl-C: exit status 130; the next
-    call goes on.
+    ValueError or OSError, in one line, where that cannot be done. After Ctrl-C the same command
+    goes on: every trial that ended is kept.
     """
     needs_optuna()
     if cfg.task == "all" or cfg.method != "learned":
@@ -183,25 +183,21 @@ def tune(cfg: TuneConfig) -> None:
     # tuned.toml is a config for prune.py, which knows no --trials
     given = PruneConfig(**{f.name: getattr(cfg, f.name) for f in fields(PruneConfig)})
     plain = replace(given, minimal=False)  # in a trial; tuned.toml has it as given
-    folder = os.path.join(cfg.out_dir or cfg.model, cfg.task)
+    task = task_of(cfg.task)
+    folder = os.path.join(cfg.out_dir or cfg.model, task.name)
     journal = os.path.join(folder, "tune.journal")
-    try:
-        model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
-        pairs = solved_pairs(cfg, model, tokenizer)
-        constants = constants_of(model, cfg)
+    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
+    pairs = solved_pairs(cfg, task, model, tokenizer)
+    constants = constants_of(model, cfg)
 
-        def run(values: dict[str, float]) -> list[Circuit]:
-            return list(find(model, pairs, constants, replace(plain, **values), quiet))
+    def run(values: dict[str, float]) -> list[Circuit]:
+        return list(find(model, pairs, constants, replace(plain, **values), quiet))
 
-        os.makedirs(folder, exist_ok=True)  # only now: bad input leaves nothing behind
-        study, done = open_study(journal, plain)
-        if done:
-            print(f"{journal} has {done} trials of this model and these settings")
-        run_trials(study, done, cfg, given, run)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the trials that ended are kept in {folder}, "
-              "and the same command goes on", file=sys.stderr)
-        raise SystemExit(130)  # what a shell says of Ctrl-C
+    os.makedirs(folder, exist_ok=True)  # only now: bad input leaves nothing behind
+    study, done = open_study(journal, plain, task)
+    if done:
+        print(f"{journal} has {done} trials of this model and these settings")
+    run_trials(study, done, cfg, given, run)
     if study.best_value >= MISSED:
         raise ValueError(f"no trial met {min(cfg.target_loss)} nats on {cfg.fit_pairs} training "
                          "pairs; raise --target_loss, or try more trials")
