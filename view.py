@@ -1,5 +1,6 @@
 """Circuit file -> one self-contained HTML page.
 
+    python -m tools.inspect --circuit=out/demo/single_double_quote/circuit.json   # if wanted
     python view.py out/demo/single_double_quote/circuit.json [--out=FILE]
 
 Notable features:
@@ -11,6 +12,9 @@ Notable features:
 - Hover or focus a node or an edge to see its numbers and neighbours; click a node to colour the
   tokens of the held-out prompts by its activation. Works from the keyboard, in light and in dark,
   without a network.
+- The attention of each head of the circuit over each prompt, sink included: who looks where.
+- Where tools.inspect left circuit.nodes.json beside the circuit: of each node the share of tokens
+  on which it is on, and examples from the data with what stands around them.
 - Bad input is one line on stderr and exit status 2, and nothing is written.
 
 The page itself is view.html; this script puts a title and a circuit into it.
@@ -19,18 +23,80 @@ The page itself is view.html; this script puts a title and a circuit into it.
 import argparse
 import html
 import json
+import math
 import re
+import sys
 from pathlib import Path
 
 from circuit import read_circuit
 from config import as_script, die, write_atomic
 
 PAGE = Path(__file__).with_name("view.html")
+NODES_FORMAT = "sparse-circuit-nodes-1"
 
 
-def render(circuit: dict, command: str) -> str:
-    """The page of a circuit that `read_circuit` gave; `command` is shown at its foot."""
-    shown = dict(circuit, command=command)
+def nodes_path(circuit_path: Path) -> Path:
+    """Where the descriptions of a circuit's nodes lie: circuit.json -> circuit.nodes.json."""
+    return Path(circuit_path).with_suffix(".nodes.json")
+
+
+def read_nodes(path: Path, circuit: dict) -> dict | None:
+    """What tools.inspect found of a circuit's nodes; None where there is no such file.
+
+    ValueError, in one line, where it is damaged or of another circuit.
+    """
+    again = "run python -m tools.inspect --circuit=CIRCUIT.json again"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != NODES_FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {NODES_FORMAT!r}")
+        for nodes in content["nodes"].values():
+            for node in nodes:
+                check_description(node)
+        channels = {site: [n["channel"] for n in nodes] for site, nodes in content["nodes"].items()}
+        same = channels == circuit["nodes"] and content["model"] == circuit["model"]["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
+        why = " ".join(str(e).split())[:80]
+        raise ValueError(f"{path} cannot be used ({type(e).__name__}: {why}); {again}") from e
+    if not same:
+        raise ValueError(f"{path} is of another circuit; {again}")
+    return content
+
+
+def check_description(node: dict) -> None:
+    """ValueError, or an error of another kind, where the page could not show it."""
+    values = [node["mean"], node["on"]]
+    for example in node["examples"]:
+        texts = example["tokens"]
+        values += [example["quantile"], *example["activations"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a token is no text")
+        if not 0 <= example["at"] < len(texts) == len(example["activations"]):
+            raise ValueError("an example has not one activation per token")
+    # None: not measured, as of published circuits
+    if not all(value is None or math.isfinite(value) for value in values):
+        raise ValueError("a value is no finite number")
+
+
+def with_constants(circuit: dict) -> list[dict]:
+    """The heads of a circuit, with what the page needs to draw their attention: the sink, and what
+    each query and key channel is held at, for those outside the circuit. [] in an older file."""
+    width = circuit["model"]["d_head"]
+    found = []
+    for layer, head, sink in circuit.get("heads", []):
+        place = slice(head * width, head * width + width)
+        found.append({"layer": layer, "head": head, "sink": sink,
+                      "q": circuit["means"][f"{layer}.attn.q"][place],
+                      "k": circuit["means"][f"{layer}.attn.k"][place]})
+    return found
+
+
+def render(circuit: dict, command: str, described: dict | None = None) -> str:
+    """The page of a circuit that `read_circuit` gave; `command` is shown at its foot. described:
+    what `read_nodes` gave."""
+    shown = dict(circuit, command=command, heads=with_constants(circuit), described=described)
 
     # a file holds the means of every channel, the page needs those of the nodes
     shown["means"] = {}
@@ -90,8 +156,15 @@ def main(argv: list[str]) -> int:
     if out.resolve() == args.circuit.resolve():
         die(f"{out} is the circuit itself; choose another --out=FILE")
 
+    try:
+        described = read_nodes(nodes_path(args.circuit), circuit)
+    except ValueError as e:  # it is beside the matter: the circuit can be shown without
+        print(f"view.py: {e}; the page is without it", file=sys.stderr)
+        described = None
+
     # half a surrogate pair in a task's name cannot be encoded; the page shows a question mark
-    page = render(circuit, f"python view.py {args.circuit}").encode("utf-8", errors="replace")
+    page = render(circuit, f"python view.py {args.circuit}", described)
+    page = page.encode("utf-8", errors="replace")
 
     def write(file) -> None:
         file.write(page)

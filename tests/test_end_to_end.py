@@ -1,7 +1,9 @@
 """From the data to the page on a tiny scale; the configs, the Makefile and the README name what
 exists and works."""
+import hashlib
 import html
 import json
+import random
 import re
 import shlex
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +29,10 @@ from data.tinypython.prepare import PrepareConfig
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
 from tools import tune
+from tools.inspect import InspectConfig
+from tools.planted import PlantedConfig
+from tools.published import PublishedConfig
+from toy import TOY, Digits, hand_made, toy_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -159,6 +166,114 @@ def test_a_target_that_a_coin_flip_meets_gives_an_empty_circuit_and_still_a_page
     assert view.main([str(file)]) == 0 and file.with_suffix(".html").stat().st_size > 1000
 
 
+# --- pairs from a file, through every command -----------------------------------------------------
+
+@pytest.fixture
+def file_task(tmp_path, monkeypatch):
+    """A toy model that does two tasks at once, a file of pairs of both, and the common options."""
+    monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
+    model = hand_made()
+    block = model.transformer.h[0]
+    block.mlp.c_fc.weight[1, 3] = 1.0  # answers 6 and 7: by way of an MLP
+    block.mlp.c_proj.weight[4, 1] = 1.0
+    model.lm_head.weight[6:8, 4] = torch.tensor([1.0, -1.0])
+    toy_setup(tmp_path, model)
+
+    r = random.Random(0)
+    prompts = list(dict.fromkeys(TOY.prompts(r) for _ in range(120)))
+    lines = []
+    for i, pair in enumerate(prompts):
+        answers = [6, "7"] if i % 3 == 0 else ["2", "3"]
+        lines.append(json.dumps({"prompts": pair, "answers": answers}))
+    path = tmp_path / "my pairs, é.jsonl"
+    path.write_text("\r\n".join(lines), encoding="utf-8")
+    options = [f"--model={tmp_path}", f"--data={tmp_path}", f"--task={path}", "--target_loss=0.4",
+               "--mean_tokens=2048", "--fit_pairs=40", "--lr=0.03", "--k_coef=0.01"]
+    return SimpleNamespace(path=path, n=len(prompts), options=options,
+                           folder=tmp_path / "my_pairs__é")
+
+
+def pruned(file_task):
+    assert prune.main([*file_task.options, "--method=attribution", "--minimal"]) == 0
+    return file_task.folder / "circuit.json"
+
+
+def test_a_file_of_pairs_is_pruned_with_all_its_answers(file_task, capsys):
+    c = json.loads(pruned(file_task).read_text())
+    out = capsys.readouterr().out
+    sha256 = hashlib.sha256(file_task.path.read_bytes()).hexdigest()
+    assert c["task"] == "my_pairs__é" and c["settings"]["task"] == str(file_task.path)
+    assert c["task_file"] == {"path": str(file_task.path), "sha256": sha256}
+
+    # both ways to the answers: a circuit for the answers of one pair alone would lack one
+    assert set(c["answers"][:2]) == {"2", "3"} and set(c["answers"][2:]) == {"6", "7"}
+    nodes = {f"{site}.{i}" for site, channels in c["nodes"].items() for i in channels}
+    assert {"0.attn.v.1", "0.attn.resid_delta.3", "0.mlp.post_act.1"} <= nodes
+    assert {e[0] for e in c["unembedding"]} == {2, 3, 6, 7}
+    assert c["loss"] < 0.4 and c["loss_heldout"] < 0.5 < c["validation"]["necessity"]
+    assert {e["answer"] for e in c["examples"]} <= {"2", "3", "6", "7"}
+
+    # as many pairs as there are, and one line that says so
+    said = [line for line in out.splitlines() if "fewer pairs" in line]
+    sizes = c["settings"]["train_pairs"], c["settings"]["heldout_pairs"]
+    assert sum(sizes) == file_task.n and c["validation"]["heldout_pairs"] == sizes[1]
+    assert c["validation"]["minimal"]["training_pairs"] == c["settings"]["fit_pairs"] == 40
+    assert len(said) == 1 and f"train_pairs={sizes[0]}, fit_pairs=40, heldout_pairs={sizes[1]}" in said[0]
+
+
+def test_the_circuit_of_a_file_is_validated_with_that_file_alone(file_task, capsys):
+    circuit = pruned(file_task)
+    options = [f"--circuit={circuit}", f"--data={circuit.parent.parent}", "--again"]
+    assert validate.main(options) == 0
+    card = json.loads(circuit.read_text())["validation"]
+    assert card["trustworthy"] in (True, False) and "nonsense" in card and card["resample"] > 0
+    assert card["generalisation_longer"] is card["generalisation_names"] is None
+
+    def refuses(says, *more):
+        before = circuit.read_bytes()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            validate.main([*options, *more])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and says in err, err
+        assert circuit.read_bytes() == before
+
+    moved = file_task.path.with_name("elsewhere.jsonl")
+    file_task.path.rename(moved)
+    refuses("is not there; say where it is with --task=FILE")
+    assert validate.main([*options, f"--task={moved}"]) == 0  # the very same pairs are drawn
+    assert json.loads(circuit.read_text())["validation"] == card
+    lines = moved.read_text(encoding="utf-8").splitlines()
+    file_task.path.write_text("\n".join(lines[1:]), encoding="utf-8")
+    refuses("are not those that it was found with")
+
+
+def test_the_circuit_of_a_file_has_a_page(file_task):
+    circuit = pruned(file_task)
+    assert view.main([str(circuit)]) == 0
+    page = circuit.with_suffix(".html").read_text(encoding="utf-8")
+    held = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page, re.S)[1])
+    assert len(held["answers"]) == 4 and "my_pairs__é" in page
+
+
+def test_settings_are_tuned_on_a_file_and_name_it(file_task, capsys):
+    pytest.importorskip("optuna")
+    options = [*file_task.options, "--steps=12", "--batch_pairs=8"]
+    assert tune.main([*options, "--trials=1"]) == 0
+    tuned = file_task.folder / "tuned.toml"
+    assert parse(prune.PruneConfig, [f"--config={tuned}"]).task == str(file_task.path)
+    assert prune.main([f"--config={tuned}"]) == 0 and (file_task.folder / "circuit.json").exists()
+
+    # trials of an edited file are others; those of the same pairs elsewhere are not
+    capsys.readouterr()
+    text = file_task.path.read_text(encoding="utf-8")
+    file_task.path.write_text(text.rsplit("\n", 1)[0], encoding="utf-8")
+    assert tune.main([*options, "--trials=1"]) == 0
+    assert "has 1 trials" not in capsys.readouterr().out
+    assert tune.main([*options, "--trials=1"]) == 0
+    assert "has 1 trials" in capsys.readouterr().out
+
+
 # --- configs ----------------------------------------------------------------------------------
 
 def loaded(path, *overrides):
@@ -283,6 +398,9 @@ KINDS = {
     "validate.py": validate.ValidateConfig,
     "data/tinypython/prepare.py": PrepareConfig,
     "tools/bench.py": train.TrainConfig,
+    "tools/inspect.py": InspectConfig,
+    "tools/planted.py": PlantedConfig,
+    "tools/published.py": PublishedConfig,
     "tools/tune.py": tune.TuneConfig,
 }
 

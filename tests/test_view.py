@@ -1,7 +1,10 @@
 """view.py: the page holds the whole circuit, needs no network, survives hostile text, says no."""
 
+import contextlib
 import html
+import io
 import json
+import math
 import random
 import re
 import shutil
@@ -10,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from view import NODES_FORMAT, main, nodes_path
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -25,9 +30,9 @@ HOSTILE = ["</script><b>", "a & 'b' \"c\"", "<!--", "\t\u2028é", "@@DATA@@"]
 
 
 def make_circuit(
-    per_site: int = 2, n_layer: int = 2, edge_share: float = 0.4, seed: int = 0
+    per_site: int = 2, n_layer: int = 2, edge_share: float = 0.4, seed: int = 0, final: bool = False
 ) -> dict:
-    """A synthetic circuit of the shape that prune.py writes."""
+    """A synthetic circuit of the shape that prune.py writes; final: it names final_resid, too."""
     rng = random.Random(seed)
     # the residual channels that reads and writes share, and the channels of three heads
     stream = rng.sample(range(256), 4 + 2 * per_site)
@@ -52,10 +57,14 @@ def make_circuit(
     def weight():
         return round(rng.gauss(0, 1), 4)
 
+    if final:
+        nodes["final_resid"] = sorted(rng.sample(stream, 3))
+        means["final_resid"] = [weight() for _ in range(256)]
+    in_qkv = {(layer, c // 16) for layer in range(n_layer) for z in "qkv" for c in nodes[f"{layer}.attn.{z}"]}
     examples = [make_example(rng, i, nodes) for i in range(6)]
     words = ["('", "(\"", "'", " name", "\n   ", "def", " =", " print", ")", *HOSTILE]
-    reads = sorted({c for site, cs in nodes.items() if "act_in" in site for c in cs})
-    writes = sorted({c for site, cs in nodes.items() if "resid" in site for c in cs})
+    reads = sorted({c for site, cs in nodes.items() if site.endswith(("act_in", "final_resid")) for c in cs})
+    writes = sorted({c for site, cs in nodes.items() if site.endswith("final_resid" if final else "delta") for c in cs})
     answers = ["')\n", "\")\n"]
     return {
         "format": "sparse-circuit-1",
@@ -71,6 +80,7 @@ def make_circuit(
         "embedding": [[i, w, c, weight()] for c in reads
                       for i, w in enumerate(rng.sample(words, 6))],
         "unembedding": [[t, a, c, weight()] for c in writes[::2] for t, a in zip((7, 8), answers)],
+        "heads": [[layer, head, weight() if layer else None] for layer, head in sorted(in_qkv)],
         "means": means,
         "n_nodes": sum(map(len, nodes.values())),
         "n_edges": len(edges),
@@ -115,9 +125,41 @@ def save(circuit: object, folder: Path) -> Path:
     return path
 
 
+def describe(circuit: dict) -> dict:
+    """What tools.inspect writes beside a circuit."""
+    rng = random.Random(1)
+
+    def example(quantile: float) -> dict:
+        tokens = ["def", " f", "(", HOSTILE[0], "\n    "]
+        return {"quantile": quantile, "tokens": tokens, "activations": [rng.gauss(0, 1) for _ in tokens], "at": 2}
+
+    nodes = {site: [{"channel": c, "mean": 0.25, "on": 0.125, "examples": [example(q) for q in (1, 1, 0.9, 0)]}
+                    for c in channels] for site, channels in circuit["nodes"].items()}
+    return {"format": NODES_FORMAT, "model": circuit["model"]["sha256"], "data": "data/<b>/val.bin", "tokens": 65536,
+            "window": 128, "seed": 0, "nodes": nodes}
+
+
 def view(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "view.py", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    """The script with these arguments, in this process: to load PyTorch anew takes seconds."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["view.py"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([*map(str, args)])
+        except SystemExit as e:
+            code = e.code
+        finally:
+            sys.argv = argv
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+def test_the_script_itself_draws_and_refuses(tmp_path):
+    def script(path: Path) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, ROOT / "view.py", path], capture_output=True, text=True)
+
+    done = script(save(make_circuit(), tmp_path))
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "circuit.html").exists()
+    refused(script(tmp_path / "nothing.json"), "nothing.json")
 
 
 def page_of(circuit: dict, folder: Path) -> str:
@@ -199,6 +241,8 @@ BAD = {
     "nodes a list": (changed(nodes=[3]), "wrong type"),
     "example without tokens": (changed(examples=[{}]), "examples[0].tokens"),
     "text for a loss": (changed(loss="<b>"), "'loss'"),
+    "heads of a string": (changed(heads=["012"]), "head"),
+    "head past the last": (changed(heads=[[0, 16, None]]), "head"),
     "one answer": (changed(answers=["x"]), "answers"),
 }
 
@@ -241,9 +285,62 @@ def open_page(page: Path, folder: Path) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+def test_what_the_nodes_do_in_the_data_is_on_the_page_where_it_was_measured(tmp_path):
+    circuit = make_circuit(final=True)
+    assert embedded(page_of(circuit, tmp_path))["described"] is None
+    found = describe(circuit)
+    nodes_path(tmp_path / "circuit.json").write_text(json.dumps(found))
+    page = page_of(circuit, tmp_path)
+    assert embedded(page)["described"] == found and page.count("</script>") == 2
+
+
+def spoilt(**values: object) -> dict:
+    return describe(make_circuit()) | values
+
+
+def with_example(**values: object) -> dict:
+    found = spoilt()
+    found["nodes"]["0.attn.q"][0]["examples"][0] |= values
+    return found
+
+
+UNUSABLE = {
+    "truncated": json.dumps(spoilt())[:-40],
+    "a list": "[1]",
+    "other format": json.dumps(spoilt(format="sparse-circuit-nodes-9")),
+    "other model": json.dumps(spoilt(model="x")),
+    "other circuit": json.dumps(spoilt(nodes={})),
+    "a number for a token": json.dumps(with_example(tokens=[1, 2, 3, 4, 5])),
+    "too few activations": json.dumps(with_example(activations=[0.5])),
+    "outside its text": json.dumps(with_example(at=5)),
+    "text for an activation": json.dumps(with_example(activations=list("<b>12"))),
+    "no number": json.dumps(with_example(quantile=float("nan"))),
+    "no mean": json.dumps(spoilt()).replace('"mean"', '"man"'),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_description_is_a_line_and_the_page_is_drawn_without(name, tmp_path):
+    plain = page_of(make_circuit(), tmp_path)
+    nodes_path(tmp_path / "circuit.json").write_text(UNUSABLE[name])
+    done = view(save(make_circuit(), tmp_path))
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert "circuit.nodes.json" in done.stderr and "tools.inspect" in done.stderr
+    assert (tmp_path / "circuit.html").read_text("utf-8") == plain
+
+
+def test_heads_bring_their_constants_and_an_older_file_has_none(tmp_path):
+    circuit = make_circuit()
+    for head, (layer, number, sink) in zip(embedded(page_of(circuit, tmp_path))["heads"], circuit["heads"], strict=True):
+        assert (head["layer"], head["head"], head["sink"]) == (layer, number, sink)
+        for z in "qk":
+            assert head[z] == circuit["means"][f"{layer}.attn.{z}"][16 * number : 16 * number + 16]
+    assert embedded(page_of(without("heads"), tmp_path))["heads"] == []
+
+
 @needs_browser
-@pytest.mark.parametrize(
-    "size", [dict(), dict(per_site=12, n_layer=4, edge_share=0.5)], ids=["small", "large"])
+@pytest.mark.parametrize("size", [dict(), dict(per_site=12, n_layer=4, edge_share=0.5, final=True)],
+                         ids=["small", "large"])
 def test_browser_draws_one_mark_per_node_and_one_line_per_edge_without_error(size, tmp_path):
     circuit = make_circuit(**size)
     page_of(circuit, tmp_path)
@@ -278,6 +375,34 @@ for (const el of document.querySelectorAll('.node')) {
   point(document.querySelector('pre span'), 9);
   seen.tokens += hint.textContent.startsWith(el.dataset.id + ' = ');
 }
+seen.data = {};
+for (const el of document.querySelectorAll('.node')) {
+  press(el, 'Enter');
+  const text = document.getElementById('data').textContent;
+  seen.data[el.dataset.id] = text.includes('on at 12.5% of 65,536 tokens of data/<b>/') ? document.querySelectorAll('#data dd').length : text;
+}
+const choose = (id, value) => {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event('change'));
+};
+seen.looks = [];
+for (const head of document.getElementById('head').options) {
+  for (const prompt of [0, 3]) {
+    choose('head', head.value);
+    choose('prompt', prompt);
+    for (const key of ['ArrowUp', 'ArrowUp', 'ArrowDown'])
+      press(document.getElementById('pattern'), key);
+    seen.looks.push(document.getElementById('looked').innerText);
+    seen.tips_of_tokens = [...document.querySelectorAll('#looked span')].map(s => s.dataset.tip);
+    seen.looks.push(seen.tips_of_tokens);
+  }
+}
+seen.chosen = [];
+for (const el of document.querySelectorAll('.node')) {
+  const before = document.getElementById('head').value;
+  press(el, 'Enter');
+  seen.chosen.push([el.dataset.id, before, document.getElementById('head').selectedOptions[0].text]);
+}
 document.querySelector('[data-go]').click();
 point(document.body, 1);
 seen.hidden = hint.hidden;
@@ -287,7 +412,8 @@ document.body.dataset.seen = JSON.stringify(seen);
 
 @needs_browser
 def test_hovering_and_selecting_work_for_every_node_and_link(tmp_path):
-    circuit = make_circuit()
+    circuit = make_circuit(final=True)
+    nodes_path(tmp_path / "circuit.json").write_text(json.dumps(describe(circuit)))
     page = page_of(circuit, tmp_path)
     (tmp_path / "act.html").write_text(page.replace("</body>", ACT), "utf-8")
     dom, console = open_page(tmp_path / "act.html", tmp_path)
@@ -296,6 +422,41 @@ def test_hovering_and_selecting_work_for_every_node_and_link(tmp_path):
     assert seen["tips"] == seen["lit"] == seen["all"] > circuit["n_nodes"] + circuit["n_edges"]
     assert seen["hidden"]
     assert seen["picked"] == seen["tokens"] == circuit["n_nodes"]
+    assert set(seen["data"].values()) == {4} and len(seen["data"]) == circuit["n_nodes"]
+    check_attention(circuit, seen)
+
+
+def check_attention(circuit: dict, seen: dict) -> None:
+    """The shares that the page shows of the last token but one, in prompts 0 and 3, of every head."""
+    looks = iter(seen["looks"])
+    for layer, head, sink in circuit["heads"]:
+        for e in (0, 3):
+            example = circuit["examples"][e]
+            T = len(example["tokens"]) - 1  # one up from the last
+            channels = {}
+            for z in "qk":
+                site = f"{layer}.attn.{z}"
+                for c in range(16 * head, 16 * head + 16):
+                    held = [circuit["means"][site][c]] * T
+                    if c in circuit["nodes"][site]:
+                        held = example["activations"][site][circuit["nodes"][site].index(c)]
+                    channels[z, c] = held
+            logits = [sum(channels["q", c][T - 1] * channels["k", c][s] for c in range(16 * head, 16 * head + 16)) / 4
+                      for s in range(T)]
+            parts = [math.exp(x) for x in logits]
+            whole = sum(parts) + (0 if sink is None else math.exp(sink))
+            text, tips = next(looks), next(looks)
+            shown = [float(tip.split(": ")[1].rstrip("%")) for tip in tips]
+            assert len(tips) == T + 1 and shown[T] == 0  # it cannot see what comes after it
+            assert shown[:T] == pytest.approx([100 * part / whole for part in parts], abs=0.051)
+            stated = re.match(r"sink (.*?)%", text)
+            assert (stated is None) == (sink is None)
+            if stated:
+                assert float(stated[1]) == pytest.approx(100 * math.exp(sink) / whole, abs=0.051)
+    for node, before, now in seen["chosen"]:  # a channel of a head brings up that head
+        place = re.fullmatch(r"(\d+)\.attn\.[qkv]\.(\d+)", node)
+        if place:
+            assert now == f"layer {place[1]} head {int(place[2]) // 16}"
 
 
 @needs_browser
