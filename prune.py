@@ -43,6 +43,7 @@ from tokens import check_tokenizer, random_windows, window_of
 # Node activations at a time in a forward and backward pass; each takes about 16 bytes.
 ACTIVATIONS = {"cpu": 2**26, "cuda": 2**30}
 WIDEST = 2**24  # activations of one site at a time where only the means are wanted: 64 MB
+BROKEN = math.log(2)  # nats: worse than a coin; such a circuit has hardly a gradient to mend by
 SLACK = 0.9  # the search aims so far below the target on its pairs that held-out ones meet it too
 
 
@@ -166,6 +167,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
 
     k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
     while the running mean of the loss is below 2/3 of the lowest target, and shrinks while above.
+    Where a step closes a gate that the circuit cannot do without, it is taken back (`mend_`).
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     noise = torch.randn(gates.n_parameters, generator=generator)
@@ -179,6 +181,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
     mean = 0.0
     best = None  # the fewest gates that met the target: where learning ends with a broken circuit
     fewest = math.inf
+    whole = None  # the last that was not broken
     clock = time.monotonic()
     for step in range(cfg.steps):
         # up over the warm-up, then down to 0 in a line
@@ -199,8 +202,15 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
             best = tau.detach().clone()
             fewest = gate.sum()
 
-        torch.nn.utils.clip_grad_norm_([tau], cfg.grad_clip)
-        optimizer.step()
+        broken = loss > max(BROKEN, 3 * target)
+        if broken and whole is not None:
+            mend_(tau, whole)
+            mean = target
+        else:
+            if not broken:
+                whole = tau.detach().clone()
+            torch.nn.utils.clip_grad_norm_([tau], cfg.grad_clip)
+            optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             tau.clamp_(-1, 1)
@@ -211,6 +221,17 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
     if best is None or not mean > target:
         best = tau.detach()
     return best[gates.index]
+
+
+@torch.no_grad()
+def mend_(tau: Tensor, whole: Tensor) -> None:
+    """Undo what broke the circuit: back to `whole`, the gates before it. Of those that closed since
+    then, the ones whose opening would lower the loss most are opened as wide as can be; where no
+    gradient tells which (all are 0), every one that closed."""
+    closed = (whole > 0) & (tau <= 0)
+    wanted = torch.where(closed, -tau.grad, 0).clamp(min=0)
+    tau.copy_(whole)
+    tau[closed & (wanted >= wanted.max() / 10)] = 1.0
 
 
 def close_astray(model: GPT, gate: Tensor, gates: Gates, answers: list[int]) -> Tensor:
