@@ -29,6 +29,7 @@ from data.tinypython.prepare import PrepareConfig
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
 from tools import tune
+from tools.bench_model import BenchModelConfig
 from tools.inspect import InspectConfig
 from tools.planted import PlantedConfig
 from tools.published import PublishedConfig
@@ -398,6 +399,7 @@ KINDS = {
     "validate.py": validate.ValidateConfig,
     "data/tinypython/prepare.py": PrepareConfig,
     "tools/bench.py": train.TrainConfig,
+    "tools/bench_model.py": BenchModelConfig,
     "tools/inspect.py": InspectConfig,
     "tools/planted.py": PlantedConfig,
     "tools/published.py": PublishedConfig,
@@ -405,8 +407,12 @@ KINDS = {
 }
 
 
-def test_the_readmes_commands_name_files_and_options_that_exist():
-    text = (ROOT / "README.md").read_text()
+DOCS = ["README.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_commands_in_the_docs_name_files_and_options_that_exist(page):
+    text = (ROOT / page).read_text()
     started = r"^ *(?:python3?|torchrun --\S+) +(\S+\.py|-m tools\.\w+)(.*)$"
     commands = re.findall(started, text, re.M)
     assert commands
@@ -422,11 +428,15 @@ def test_the_readmes_commands_name_files_and_options_that_exist():
             source = (ROOT / script).read_text()
             named = [o.split("=")[0] for o in options if o.startswith("--")]
             assert all(f'"{name}"' in source for name in named), options
+    for target in re.findall(r"\]\(([^):#]+)\)", text):  # links and pictures within the repository
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_readme_names_files_and_targets_that_exist():
+    text = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^ *make (\w+)", text, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
-    for target in re.findall(r"\]\(([^):#]+)\)", text):  # links and pictures within the repository
-        assert (ROOT / target).exists(), target
     for cell in re.findall(r"^\| (`[^|]+`) \|", text, re.M):  # in the table of files: one or more
         for file in re.findall(r"`([^`]+)`", cell):
             assert (ROOT / file).exists(), file

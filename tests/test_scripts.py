@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from model import GPT, GPTConfig
+from tools import bench_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train.py", "bridge.py", "tasks.py", "prune.py", "validate.py", "steer.py", "view.py", "data/tinypython/prepare.py",
-           "data/tinypython/train_tokenizer.py", "-m tools.bench", "-m tools.inspect", "-m tools.planted", "-m tools.published",
+           "data/tinypython/train_tokenizer.py", "-m tools.bench", "-m tools.bench_model", "-m tools.inspect", "-m tools.planted", "-m tools.published",
            "-m tools.tune"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -130,3 +131,19 @@ def test_an_error_of_another_kind_keeps_its_traceback():
     code = "import config; config.as_script(lambda argv: exec('raise RuntimeError(1)'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_what_pruning_a_saved_model_takes_is_measured_piece_by_piece(model, capsys):
+    assert bench_model.main([f"--model={model}", "--mean_tokens=512", "--steps=2"]) == 0
+    out = capsys.readouterr().out
+    for piece in ("load  ", "first forward pass, 32 prompts of", "means over 512 tokens, 64 at a time",
+                  "before the first step", "a step of mask learning (2 of them)", "a trial: one node left out",
+                  "peak memory"):
+        (line,) = [line for line in out.splitlines() if line.startswith(piece)]
+        float(line.split()[-2])  # a number; of differences of short times it can be below 0
+
+
+def test_without_a_model_there_is_nothing_to_measure(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_model.main([])
+    assert stop.value.code == 2 and "--model is missing" in capsys.readouterr().err
