@@ -256,7 +256,7 @@ def drop_unconnected(model: GPT, mask: Nodes, answers: Sequence[int],
     return _needed(model, _reached(model, mask, edges), answers, edges)
 
 
-def _heads(model: GPT, channels: Tensor) -> Tensor:
+def heads_with(model: GPT, channels: Tensor) -> Tensor:
     """Channels (H * d_head,) -> the same, true throughout a head that has any."""
     c = model.config
     return channels.view(c.n_head, c.d_head).any(1).repeat_interleave(c.d_head)
@@ -288,7 +288,7 @@ def _reached(model: GPT, mask: Nodes, edges: Edges | None) -> Nodes:
         if site.endswith("attn.v"):
             # a constant value moves too where queries or keys steer its attention
             queries_or_keys = live[site[:-1] + "q"] | live[site[:-1] + "k"]
-            live[site] = live[site] | (mask[site] & _heads(model, queries_or_keys))
+            live[site] = live[site] | (mask[site] & heads_with(model, queries_or_keys))
         if site.endswith("resid_delta"):
             filled = filled | live[site]  # for all later reads
     return live
@@ -303,7 +303,7 @@ def _needed(model: GPT, live: Nodes, answers: Sequence[int], edges: Edges | None
         if site.endswith("resid_delta"):  # a write, wanted where anything later reads its channel
             wanted = read
         elif site.endswith((".q", ".k")):  # of a head that moves a value; its `v` came before
-            wanted = _heads(model, keep[site[:-1] + "v"])
+            wanted = heads_with(model, keep[site[:-1] + "v"])
         else:
             wanted = torch.zeros_like(live[site])
             for b in (b for a, b in wires if a == site):

@@ -34,7 +34,7 @@ from torch import Tensor
 from circuit import (Circuit, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
                      read_circuit, run_to_last, write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
-from minimise import Search, minimise
+from minimise import Search, minimise, with_values
 from model import GPT, config_of, device_of, weights_hash
 from tasks import (TASKS, Pairs, Task, answer_ids, batches_of, calibrate, calibrated,
                    load_model, load_pairs, loss_of, margins, task_loss, task_of)
@@ -336,7 +336,8 @@ def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig,
         size = f"{circuit.size[0]} nodes, {circuit.size[1]} edges"
         say(f"  {size}: loss {circuit.loss:.3f}, target {target}")
         if cfg.minimal and circuit.loss <= aim:
-            smaller = minimise(search, circuit, aim, say, cfg.necessity)
+            wider = with_values(search, circuit, aim)
+            smaller = minimise(search, wider, aim, say, cfg.necessity)
             circuit = replace(smaller, before=circuit.size)
         yield circuit
 
