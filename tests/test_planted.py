@@ -128,6 +128,14 @@ def test_the_pruner_finds_the_whole_planted_circuit(config, tokenizer):
     assert scores["minimal"].recall == (1.0, 1.0) and scores["minimal"].precision == (1.0, 1.0)
 
 
+def test_a_value_that_only_a_bias_makes_is_found(config, tokenizer):
+    """It is its own mean, so that its gate learns nothing; and yet what it writes moves with the
+    attention of its head."""
+    made = plant(config, "2x64", "bracket", "single", "far", 0, tokenizer)
+    scores = measure(config, made, "mean", ["minimal"])
+    assert scores["minimal"].recall == (1.0, 1.0) and scores["minimal"].precision == (1.0, 1.0)
+
+
 def test_precision_and_recall_of_lists():
     truth = {("a", 1), ("a", 2), ("b", 1), ("b", 2)}
     assert precision_recall(truth, truth) == (1.0, 1.0)
