@@ -37,12 +37,11 @@ from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from minimise import Search, minimise, with_values
 from model import GPT, config_of, device_of, weights_hash
 from tasks import (TASKS, Pairs, Task, answer_ids, batches_of, calibrate, calibrated,
-                   load_model, load_pairs, loss_of, margins, task_loss, task_of)
+                   load_model, load_pairs, loss_of, margins, rows_at_once, task_loss, task_of)
 from tokens import check_tokenizer, random_windows, window_of
 
 # Node activations at a time in a forward and backward pass; each takes about 16 bytes.
 ACTIVATIONS = {"cpu": 2**26, "cuda": 2**30}
-WIDEST = 2**24  # activations of one site at a time where only the means are wanted: 64 MB
 BROKEN = math.log(2)  # nats: worse than a coin; such a circuit has hardly a gradient to mend by
 SLACK = 0.9  # the search aims so far below the target on its pairs that held-out ones meet it too
 
@@ -104,7 +103,7 @@ def node_means(model: GPT, path: str, tokens: int, seed: int,
     c = model.config
     device = model.lm_head.weight.device
     for ids in random_windows(path, c.vocab_size, window or c.block_size, tokens, seed, device):
-        for part in ids.split(max(1, WIDEST // (ids.shape[1] * c.d_mlp))):
+        for part in ids.split(rows_at_once(model, ids.shape[1])):
             model.run(model.embed(part), nodes=add)
         n += ids.numel()
     return {site: (sums[site] / n).float() for site in sites}

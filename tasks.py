@@ -36,6 +36,9 @@ from data.tinypython.tokenizer import load_tokenizer, tokenizer_for, tokenizer_h
 from model import GPT
 from tokens import tokenizer_of
 
+# Activations of the widest site at a time: more leave the cache, and take longer and more memory.
+WIDEST = {"cpu": 2**22, "cuda": 2**26}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -247,10 +250,23 @@ def batches_of(pairs: Pairs, size: int) -> list[Pairs]:
     return [pairs.take(part) for part in order.split(size)]
 
 
+def rows_at_once(model: GPT, n_tokens: int) -> int:
+    """How many rows of `n_tokens` tokens to run at a time where no gradient is wanted."""
+    config = model.config
+    widest = max(config.site_width(site) for site in model.sites)
+    return max(1, WIDEST[model.lm_head.weight.device.type] // (n_tokens * widest))
+
+
+def fitting_batches(model: GPT, pairs: Pairs) -> list[Pairs]:
+    """The pairs in their order, as many at a time as `rows_at_once` says."""
+    tokens_of_a_pair = 2 * pairs.ids.shape[1]
+    return batches_of(pairs, rows_at_once(model, tokens_of_a_pair))
+
+
 @torch.no_grad()
-def margins(model: GPT, pairs: Pairs, nodes=None, batch: int = 64) -> Tensor:
-    """Right minus wrong logit of each prompt (2n,), `batch` pairs at a time."""
-    parts = batches_of(pairs, batch)
+def margins(model: GPT, pairs: Pairs, nodes=None) -> Tensor:
+    """Right minus wrong logit of each prompt (2n,)."""
+    parts = fitting_batches(model, pairs)
     return torch.cat([margin_of(last_logits(model, part, nodes), part) for part in parts])
 
 

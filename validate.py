@@ -39,8 +39,8 @@ from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, w
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from model import GPT, device_of, weights_hash
 from prune import PruneConfig, constants_of, find, in_processes, result_or_reason
-from tasks import (Pairs, Task, batches_of, calibrate, calibrated, last_logits, load_model,
-                   load_pairs, loss_of, margin_of, margins, task_of, unembed_last)
+from tasks import (Pairs, Task, calibrate, calibrated, fitting_batches, last_logits, load_model,
+                   load_pairs, loss_of, margin_of, margins, rows_at_once, task_of, unembed_last)
 from tokens import check_tokenizer, random_windows, window_of
 
 POSITIONS = 4096  # pretraining positions that resampled values come from
@@ -130,22 +130,31 @@ def zero_ablation(case: Case) -> dict:
 def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
     """Every node's activations (about n, width) at random positions of a file of tokens, `window`
     of them at a time (0: block_size); a row is the same position at every site."""
-    T = window or model.config.block_size
+    config = model.config
+    T = window or config.block_size
+    n_windows = max(1, n // PER_WINDOW)
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on any device
-    bank = {site: [] for site in (*model.sites, FINAL)}  # FINAL: published circuits can name it
+    # all of it beforehand: small tensors left between large ones would keep the memory of those
+    n_rows = n_windows * PER_WINDOW
+    bank = {site: torch.empty(n_rows, config.site_width(site), device=device)
+            for site in model.sites}
+    bank[FINAL] = torch.empty(n_rows, config.d_model, device=device)  # published circuits name it
 
     def keep(site: str, x: Tensor) -> Tensor:
         if site in bank:  # picked at once: whole windows would take many times the memory
-            bank[site].append(x[row, position])
+            bank[site][place] = x[row, position]
         return x
 
-    n_tokens = max(1, n // PER_WINDOW) * T
-    for ids in random_windows(path, model.config.vocab_size, T, n_tokens, seed, device):
-        row = torch.arange(len(ids)).repeat_interleave(PER_WINDOW)
-        position = torch.randint(T, (len(row),), generator=generator)
-        model.run(model.embed(ids), nodes=keep)
-    return {site: torch.cat(parts) for site, parts in bank.items()}
+    first = 0
+    for ids in random_windows(path, config.vocab_size, T, n_windows * T, seed, device):
+        for part in ids.split(rows_at_once(model, T)):
+            row = torch.arange(len(part)).repeat_interleave(PER_WINDOW)
+            position = torch.randint(T, (len(row),), generator=generator)
+            place = slice(first, first + len(row))
+            model.run(model.embed(part), nodes=keep)
+            first = place.stop
+    return bank
 
 
 @torch.no_grad()
@@ -159,7 +168,7 @@ def resampled(case: Case, bank: Nodes, generator: torch.Generator, pairs: Pairs)
         return torch.where(mask[site], x, bank[site][rows]) if site in mask else x
 
     out = []
-    for part in batches_of(pairs, 32):  # fewer than elsewhere: what is drawn is a copy per site
+    for part in fitting_batches(case.model, pairs):
         rows = torch.randint(n_rows, part.ids.shape, generator=generator).to(part.ids.device)
         out.append(margin_of(last_logits(case.reduced, part, node), part))
     return torch.cat(out)
@@ -243,7 +252,7 @@ def frozen(case: Case, pairs: Pairs) -> Tensor:
         return x
 
     out = []
-    for part in batches_of(pairs, 64):
+    for part in fitting_batches(case.model, pairs):
         h = case.model.run(case.model.embed(part.ids), nodes=tell)
         # the last norm sees the last token alone: nothing else is unembedded
         rows = torch.arange(len(h), device=h.device)

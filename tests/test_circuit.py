@@ -8,9 +8,10 @@ from collections import defaultdict
 import pytest
 import torch
 
+import tasks
 from circuit import (Circuit, ablate, all_edges, between, circuit_of, count, drop_unconnected, edges_of,
                      graph_of, read_circuit, without_edges)
-from tasks import calibrate, calibrated, last_logits, loss_of, margins, task_loss
+from tasks import calibrate, calibrated, fitting_batches, last_logits, loss_of, margins, task_loss
 from toy import (CIRCUIT, EVERY_SITE, all_nodes, as_mask, by_hand, dense, hand_made, kept_of, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_edges, random_model, scaled, toy_circuit, toy_pairs)
 
@@ -45,14 +46,19 @@ def test_all_gates_closed_leaves_logits_that_know_only_the_last_token():
     assert not torch.allclose(model(idx)[0][0, -1], model(idx)[0][1, -1])
 
 
-def test_last_logits_are_the_models_at_the_last_token_whatever_the_padding():
+def test_last_logits_are_the_models_at_the_last_token_whatever_the_padding(monkeypatch):
     model, pairs = random_model(n_layer=2, enable_bigram_table=True), toy_pairs(20)
     assert len(set(pairs.last.tolist())) > 1
     got = last_logits(model, pairs)
     for row, last, logits in zip(pairs.ids, pairs.last.tolist(), got):
         torch.testing.assert_close(logits, model(row[None, : last + 1])[0][0, -1], rtol=1e-4, atol=1e-5)
     right_minus_wrong = (got.gather(1, pairs.answer[:, None]) - got.gather(1, pairs.wrong[:, None])).flatten()
-    torch.testing.assert_close(margins(model, pairs, batch=7), right_minus_wrong, rtol=1e-4, atol=1e-5)
+    for widest in (1, 2 ** 22):  # a pair at a time, and all at once
+        monkeypatch.setitem(tasks.WIDEST, "cpu", widest)
+        torch.testing.assert_close(margins(model, pairs), right_minus_wrong, rtol=1e-4, atol=1e-5)
+    assert [len(part) for part in fitting_batches(model, pairs)] == [20]
+    monkeypatch.setitem(tasks.WIDEST, "cpu", 3 * 2 * pairs.ids.shape[1] * 7)  # three pairs, at the width of the neurons
+    assert [len(part) for part in fitting_batches(model, pairs)] == 6 * [3] + [2]
     assert loss_of(right_minus_wrong) == pytest.approx(task_loss(got, pairs).item(), rel=1e-5)
 
 
