@@ -203,7 +203,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
 
         broken = loss > max(BROKEN, 3 * target)
         if broken and whole is not None:
-            mend_(tau, whole)
+            mend_(tau, whole, wanted_open(tau, model, batch, constants, gates), loss - target)
             mean = target
         else:
             if not broken:
@@ -222,15 +222,30 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: P
     return best[gates.index]
 
 
+def wanted_open(tau: Tensor, model: GPT, batch: Pairs, constants: Nodes, gates: Gates) -> Tensor:
+    """Nats by which opening each gate further would lower the loss, to first order; tau's shape.
+
+    As the gates are, without `close_astray`: a path of which one gate has closed would be closed
+    as a whole, and then none of its gates is wanted.
+    """
+    gate = (tau > 0).float()[gates.index]
+    grad = gate_gradient(model, batch, constants, gates, gate)[1]
+    return torch.zeros_like(tau).index_add_(0, gates.index, -grad)
+
+
 @torch.no_grad()
-def mend_(tau: Tensor, whole: Tensor) -> None:
+def mend_(tau: Tensor, whole: Tensor, wanted: Tensor, excess: float) -> None:
     """Undo what broke the circuit: back to `whole`, the gates before it. Of those that closed since
-    then, the ones whose opening would lower the loss most are opened as wide as can be; where no
-    gradient tells which (all are 0), every one that closed."""
+    then, the ones that are wanted most are opened as wide as can be.
+
+    wanted: of `wanted_open`. Where nothing would lower the loss by a tenth of its `excess`, as when
+    two of a path closed at once, all that closed are opened.
+    """
     closed = (whole > 0) & (tau <= 0)
-    wanted = torch.where(closed, -tau.grad, 0).clamp(min=0)
+    gain = torch.where(closed, wanted, 0)
+    least = gain.max() / 10 if gain.max() >= excess / 10 else -math.inf
     tau.copy_(whole)
-    tau[closed & (wanted >= wanted.max() / 10)] = 1.0
+    tau[closed & (gain >= least)] = 1.0
 
 
 def close_astray(model: GPT, gate: Tensor, gates: Gates, answers: list[int]) -> Tensor:

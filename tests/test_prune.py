@@ -128,14 +128,14 @@ def test_learning_that_ends_with_a_broken_circuit_goes_back_to_the_fewest_gates_
 def test_of_the_gates_that_broke_a_circuit_those_wanted_open_are_opened_wide():
     whole = torch.tensor([0.2, 0.1, 0.3, -0.5, 0.4])
     after = torch.tensor([-0.1, -0.2, -0.1, 0.1, 0.3])  # three closed, one opened
-    for grad, opened in (([-1.0, -0.01, 0.5, -9.0, -9.0], [0]), ([-1.0, -0.2, 0.5, 0.0, 0.0], [0, 1]),
-                         ([0.1, 0.1, 0.1, 0.1, 0.1], [0, 1, 2])):  # only the price of a gate: no gradient
-        tau = after.clone().requires_grad_()
-        tau.grad = torch.tensor(grad)
-        prune.mend_(tau, whole)
+    no = [0.0, -1.0, 0.0, 5.0, 0.0]  # nothing that closed is wanted
+    for wanted, opened in (([1.0, 0.01, -0.5, 9.0, 9.0], [0]), ([1.0, 0.2, -0.5, 0.0, 0.0], [0, 1]),
+                           ([0.01, 0.0, 0.0, 9.0, 9.0], [0, 1, 2]), ([0.0, -1.0, 0.0, 5.0, 0.0], [0, 1, 2])):
+        tau = after.clone()
+        prune.mend_(tau, whole, torch.tensor(wanted), 0.8)
         want = whole.clone()
         want[opened] = 1.0
-        assert torch.equal(tau.detach(), want), grad
+        assert torch.equal(tau, want), wanted
 
 
 def test_attribution_is_the_first_order_effect_of_closing_each_gate(tmp_path):

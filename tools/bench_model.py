@@ -3,8 +3,8 @@
     python -m tools.bench_model --model=DIR [--task=single_double_quote]
 
 - Loading, and the first forward pass, in which the pages of a mapped file are read.
-- A forward pass over the prompts of 16 pairs, a step of mask learning on them, and what comes before
-  the first step.
+- A forward pass over the prompts of 16 pairs, a step of mask learning on them, and what comes
+  before the first step.
 - Means of all nodes over 65,536 tokens of random ids: their values do not matter to the time.
 - A trial of minimising on 64 pairs: one node left out of a circuit of the 300 of largest effect.
 
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
@@ -74,7 +75,8 @@ def means(cfg: BenchModelConfig, model: GPT) -> dict[str, torch.Tensor]:
     with TemporaryDirectory() as folder:
         path = os.path.join(folder, "train.bin")
         ids.astype("<u2").tofile(path)
-        constants, took = once(lambda: node_means(model, path, cfg.mean_tokens, 0, window=window))
+        constants, took = once(
+            partial(node_means, model, path, cfg.mean_tokens, 0, window=window))
     say(f"means over {cfg.mean_tokens:,} tokens, {window} at a time", took)
     return constants
 
@@ -86,10 +88,17 @@ def mask_learning(cfg: BenchModelConfig, model: GPT, pairs: Pairs, constants: di
     times = []
     for steps in (1, 1, 1 + cfg.steps):  # the first call alone prepares what the others find ready
         settings.steps = steps
-        times.append(once(lambda: learn_masks(model, pairs, constants, gates, settings, silent))[1])
+        job = partial(learn_masks, model, pairs, constants, gates, settings, silent)
+        times.append(once(job)[1])
     step = (times[2] - times[1]) / cfg.steps
     say("before the first step of mask learning", times[0] - step)
     say(f"a step of mask learning ({cfg.steps} of them)", step)
+
+
+@torch.no_grad()
+def pass_over(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+    """The stream after all layers, for prompts (B, T)."""
+    return model.run(model.embed(ids))
 
 
 def silent(*_) -> None:
@@ -102,15 +111,15 @@ def trials(model: GPT, pairs: Pairs, constants: dict) -> None:
     effect = attribution(model, pairs, constants, gates)
     largest = torch.zeros(len(effect), dtype=torch.bool)
     largest[effect.topk(min(NODES, len(effect))).indices] = True
-    search, took = once(lambda: Search(model, constants, pairs))
+    search, took = once(partial(Search, model, constants, pairs))
     say(f"a search on {len(pairs)} pairs made ready", took)
-    circuit, took = once(lambda: search.fit(gates.split(largest), all_edges(model)))
+    circuit, took = once(partial(search.fit, gates.split(largest), all_edges(model)))
     say(f"its first circuit, {circuit.size[0]} nodes and {circuit.size[1]} edges", took)
     search.accept()
     nodes = [part for part in parts_of(circuit) if len(part) == 2]
     times = []
     for part in nodes[:: max(1, len(nodes) // TRIALS)]:
-        times.append(once(lambda: search.fit(*without(circuit, part)))[1])
+        times.append(once(partial(search.fit, *without(circuit, part)))[1])
     say(f"a trial: one node left out (median of {len(times)})", statistics.median(times))
 
 
@@ -119,7 +128,7 @@ def run(cfg: BenchModelConfig) -> None:
     if not cfg.model:
         raise ValueError("--model is missing: the directory of a run or of a published model")
     task = task_of(cfg.task)
-    (model, tokenizer), took = once(lambda: load_model(cfg.model, cfg.tokenizer, "cpu"))
+    (model, tokenizer), took = once(partial(load_model, cfg.model, cfg.tokenizer, "cpu"))
     n = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{cfg.model}: {n:,.0f}M parameters; {torch.get_num_threads()} CPU threads, "
           f"torch {torch.__version__}")
@@ -127,10 +136,9 @@ def run(cfg: BenchModelConfig) -> None:
     pairs = load_pairs(task, tokenizer, 64, "train", model.config.block_size)
     few = pairs.first(16)
     prompts, tokens = few.ids.shape
-    with torch.no_grad():
-        say(f"first forward pass, {prompts} prompts of {tokens} tokens",
-            once(lambda: model.run(model.embed(few.ids)))[1])
-        say("a forward pass", seconds(lambda: model.run(model.embed(few.ids))))
+    forward = partial(pass_over, model, few.ids)
+    say(f"first forward pass, {prompts} prompts of {tokens} tokens", once(forward)[1])
+    say("a forward pass", seconds(forward))
     constants = means(cfg, model)
     mask_learning(cfg, model, few, constants)
     trials(model, pairs, constants)
