@@ -128,7 +128,6 @@ def test_learning_that_ends_with_a_broken_circuit_goes_back_to_the_fewest_gates_
 def test_of_the_gates_that_broke_a_circuit_those_wanted_open_are_opened_wide():
     whole = torch.tensor([0.2, 0.1, 0.3, -0.5, 0.4])
     after = torch.tensor([-0.1, -0.2, -0.1, 0.1, 0.3])  # three closed, one opened
-    no = [0.0, -1.0, 0.0, 5.0, 0.0]  # nothing that closed is wanted
     for wanted, opened in (([1.0, 0.01, -0.5, 9.0, 9.0], [0]), ([1.0, 0.2, -0.5, 0.0, 0.0], [0, 1]),
                            ([0.01, 0.0, 0.0, 9.0, 9.0], [0, 1, 2]), ([0.0, -1.0, 0.0, 5.0, 0.0], [0, 1, 2])):
         tau = after.clone()
