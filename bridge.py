@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from jobs import Job, Run, leave
 from model import GPT, device_of, weights_hash
 from ops import abstopk
 from tokens import inputs_and_targets, tokenizer_of
-from train import (Job, Run, TrainConfig, begin, evaluate, evaluation_text, leave, loop,
-                   new_model, optimizer_of, over_parts)
+from train import (TrainConfig, begin, evaluate, evaluation_text, loop, new_model, of_the_family,
+                   optimizer_of, over_parts)
 
 TERMS = ("nmse_encoder", "nmse_decoder", "kl_sparse", "kl_dense")  # of the loss, at each site
 HYBRIDS = ("dense_to_sparse", "sparse_to_dense")
@@ -41,7 +42,7 @@ MEASURED = ("nmse_encoder", "nmse_decoder", *HYBRIDS, "dense_from_mean")  # at e
 class BridgeConfig(TrainConfig):
     out_dir: str = "out/demo_bridge"
     dense: str = "out/demo_dense"  # a model directory, of the same depth; it does not learn
-    bridge_lr: float = bounded(0.0005, above=0)  # on the schedule of lr, 1/sqrt(density) included
+    bridge_lr: float = bounded(0.005, above=0)  # on the schedule of lr, its growth included
     bridge_afrac: float = bounded(0.25, above=0, at_most=1)  # share that an encoder's AbsTopK keeps
     # weights of the terms, of each site; the next-token loss has weight 1
     w_nmse_encoder: float = bounded(0.2, at_least=0)
@@ -295,8 +296,7 @@ def train(cfg: BridgeConfig) -> int:
     except (ValueError, OSError) as e:
         die(e)
     # plain Adam for the bridges: eps and decay of the config are made for sparse weights
-    group = dict(params=list(net.bridges.parameters()), lr_scale=cfg.bridge_lr / cfg.lr, eps=1e-8,
-                 weight_decay=0.0)
+    group = dict(params=list(net.bridges.parameters()), lr_scale=cfg.bridge_lr / cfg.lr, eps=1e-8)
 
     def evaluation() -> dict:
         return evaluate(sparse, run) | {"bridges": measure(net, run)}
@@ -310,7 +310,7 @@ def train(cfg: BridgeConfig) -> int:
 
 
 def main(argv: list[str]) -> int:
-    cfg = parse(BridgeConfig, argv)
+    cfg = of_the_family(parse(BridgeConfig, argv))
     if not cfg.eval:
         return train(cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -501,19 +501,22 @@ class GPT(nn.Module):
 
     # --- the published formats ---------------------------------------------------------------
 
-    def save(self, path: str, format: str = "store") -> None:
+    def save(self, path: str, format: str = "store",
+             state: Optional[dict[str, Tensor]] = None) -> None:
         """Write config and weights into the directory `path`, each file atomically, as the authors'
-        store has them or, with format="hub", as the hub does.
+        store has them or, with format="hub", as the hub does. state: weights to write in place of
+        the present ones, as `state_dict` gave them earlier.
 
         ValueError for another format, or where the hub's lacks the package safetensors.
         """
         if format not in LAYOUTS:
             raise ValueError(f"format must be {' or '.join(LAYOUTS)}, not {format!r}")
         config = asdict(self.config)
-        weights = partial(torch.save, self.state_dict())
+        state = self.state_dict() if state is None else state
+        weights = partial(torch.save, state)
         if format == "hub":
             config |= HUB_FIELDS
-            weights = _as_safetensors(self.state_dict())
+            weights = _as_safetensors(state)
         config_name, weights_name = LAYOUTS[format]
         os.makedirs(path, exist_ok=True)
         write_atomic(os.path.join(path, config_name), json.dumps(config, indent=1).encode())

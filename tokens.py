@@ -1,12 +1,15 @@
-"""The one reader of prepared data: train.bin, val.bin (uint16 token ids) and meta.json.
+"""The one reader of prepared data: token ids (uint16) of train and val, and meta.json.
 
-- `read_data`: both files and what meta.json says of them, checked against each other.
+- A side is one file, `train.bin`, or shards that are read as one: `train.0000.bin`, ...
+- `read_data`: both sides and what meta.json says of them, checked against each other.
 - `inputs_and_targets`: windows for training and evaluation.
 - `random_windows`: a sample of the data, for means and for other references; `window_of`: how long
   its windows should be for a model.
 - `bigram_log_probs`: what the next token is if only the current one is known.
 
-What is wrong with a file is a ValueError of one line that says how to get a good one.
+Nothing here reads all of the data where prepare.py made them: what takes a full scan (the largest
+id, the bigram counts) it has left beside them. What is wrong with a file is a ValueError of one
+line that says how to get a good one.
 """
 import hashlib
 import json
@@ -22,13 +25,38 @@ from torch import Tensor
 PREPARE = "run python data/tinypython/prepare.py"
 PUBLISHED_WINDOW = 256  # what the published models were trained on, whatever they could take
 WINDOWS_A_BATCH = 32  # of `random_windows`: few enough for a large model on a laptop
+PIECE = 1 << 24  # tokens at a time where all are looked at: they may not fit in memory
 
 
-def read_tokens(path: str, vocab_size: int) -> np.ndarray:
-    """The token ids of a file, (n,) uint16, mapped into memory: not read until they are used.
+class Tokens:
+    """Token ids of one file or of several, as one sequence (n,): mapped into memory, not read until
+    they are used. len() and slices, which are arrays of uint16."""
 
-    ValueError where it is missing, empty, cut off or holds an id past the vocabulary.
-    """
+    def __init__(self, files: list[np.ndarray]):
+        self.files = files
+        self.ends = np.cumsum([len(ids) for ids in files])  # of each file, in the whole
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        start, stop, step = wanted.indices(len(self))
+        if step != 1:
+            raise ValueError("tokens are read without gaps")
+        pieces = []
+        i = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            first = self.ends[i] - len(self.files[i])
+            pieces.append(self.files[i][start - first : stop - first])
+            start = min(stop, int(self.ends[i]))
+            i += 1
+        if len(pieces) == 1:  # as nearly always
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty(0, "<u2")
+
+
+def map_file(path: str) -> np.ndarray:
+    """The token ids of one file, (n,) uint16. ValueError where it is missing, empty or cut off."""
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing; {PREPARE}")
     size = os.path.getsize(path)
@@ -36,25 +64,70 @@ def read_tokens(path: str, vocab_size: int) -> np.ndarray:
         raise ValueError(f"{path} is empty; {PREPARE}")
     if size % 2:
         raise ValueError(f"{path} has an odd size ({size} bytes), so it is cut off; {PREPARE}")
-    ids = np.memmap(path, dtype="<u2", mode="r")
-    # one look at every token is quick, and embedding such an id would end in a crash far from here
-    if ids.max() >= vocab_size:
-        raise ValueError(
-            f"{path} holds token id {ids.max()}, past the vocabulary of {vocab_size}; "
-            "prepare the data again"
-        )
-    return ids
+    return np.memmap(path, dtype="<u2", mode="r")
 
 
-def read_data(folder: str, block_size: int) -> tuple[np.ndarray, np.ndarray, dict]:
-    """train.bin and val.bin, each (n,) uint16, and the content of meta.json.
+def read_tokens(path: str, vocab_size: int, meta: dict | None = None) -> Tokens:
+    """The token ids of a file or, where `meta` lists shards of that name, of those.
 
-    Of meta.json are used: `vocab_size`, and `val_parts`, {name: (first token, end)} in val.bin.
+    ValueError where one is missing, empty, cut off or another than the one that `meta` describes,
+    or holds an id past the vocabulary.
+    """
+    folder, name = os.path.split(path)
+    side = name.removesuffix(".bin")
+    shards = _listed(meta, side, folder)
+    if not shards:
+        ids = Tokens([map_file(path)])
+        _check_ids(path, largest_id(ids), vocab_size)
+        return ids
+
+    files = []
+    for shard in shards:
+        shard_path = os.path.join(folder, shard["file"])
+        ids = map_file(shard_path)
+        if len(ids) != shard["tokens"]:
+            raise ValueError(f"{shard_path} holds {len(ids)} uint16 tokens, but meta.json says "
+                             f"{shard['tokens']}; {PREPARE}")
+        if fingerprint(ids) != shard["fingerprint"]:
+            raise ValueError(f"{shard_path} is not the file that meta.json describes, but of other "
+                             f"data; {PREPARE}")
+        _check_ids(shard_path, shard["largest_id"], vocab_size)
+        files.append(ids)
+    return Tokens(files)
+
+
+def _listed(meta: dict | None, side: str, folder: str) -> list[dict]:
+    """What meta.json says of the shards of a side; nothing of a single file."""
+    try:
+        shards = ((meta or {}).get("shards") or {}).get(side, [])
+        return [{"file": str(shard["file"]), "tokens": int(shard["tokens"]),
+                 "fingerprint": str(shard["fingerprint"]), "largest_id": int(shard["largest_id"])}
+                for shard in shards]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(f"{folder}/meta.json is unusable ({type(e).__name__}); {PREPARE}") from e
+
+
+def _check_ids(path: str, largest: int, vocab_size: int) -> None:
+    # embedding such an id would end in a crash far from here
+    if largest >= vocab_size:
+        raise ValueError(f"{path} holds token id {largest}, past the vocabulary of {vocab_size}; "
+                         "prepare the data again")
+
+
+def largest_id(ids) -> int:
+    """The largest of all ids, by a look at every one of them."""
+    return max(int(ids[i : i + PIECE].max()) for i in range(0, len(ids), PIECE))
+
+
+def read_data(folder: str, block_size: int) -> tuple[Tokens, Tokens, dict]:
+    """The tokens of train and of val, and the content of meta.json.
+
+    Of meta.json are used: `vocab_size`, and `val_parts`, {name: (first token, end)} in val.
     ValueError where a file is unusable, or where a part has no window of block_size + 1 tokens.
     """
     meta = _read_meta(os.path.join(folder, "meta.json"))
-    train = read_tokens(os.path.join(folder, "train.bin"), meta["vocab_size"])
-    val = read_tokens(os.path.join(folder, "val.bin"), meta["vocab_size"])
+    train = read_tokens(os.path.join(folder, "train.bin"), meta["vocab_size"], meta)
+    val = read_tokens(os.path.join(folder, "val.bin"), meta["vocab_size"], meta)
     _check_count(folder, "train", len(train), meta)
     _check_count(folder, "val", len(val), meta)
 
@@ -68,6 +141,11 @@ def read_data(folder: str, block_size: int) -> tuple[np.ndarray, np.ndarray, dic
             )
         _check_length(name, end - start, block_size)
     return train, val, meta
+
+
+def vocab_of(folder: str) -> int:
+    """The number of tokens that the data of `folder` know. ValueError where there are none."""
+    return _read_meta(os.path.join(folder, "meta.json"))["vocab_size"]
 
 
 def _read_meta(path: str) -> dict:
@@ -116,7 +194,7 @@ def check_tokenizer(folder: str, tokenizer_hash: str) -> None:
                          f"{PREPARE} --out=FOLDER --tokenizer=TOKENIZER and give --data=FOLDER")
 
 
-def fingerprint(ids: np.ndarray) -> str:
+def fingerprint(ids: Tokens | np.ndarray) -> str:
     """Tells data from other data without reading all of it: its length and 256 pieces."""
     starts = np.linspace(0, max(0, len(ids) - 2048), 256).astype(np.int64)
     digest = hashlib.sha256(str(len(ids)).encode())
@@ -135,7 +213,7 @@ def _check_length(name: str, n_tokens: int, block_size: int) -> None:
 
 
 def inputs_and_targets(
-    data: np.ndarray, starts: np.ndarray, block_size: int, device: str
+    data: Tokens, starts: np.ndarray, block_size: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """Windows of `data` at `starts` (B,), and the same shifted by one: each (B, T) int64."""
     # one token more than a window, for the last target
@@ -147,16 +225,19 @@ def inputs_and_targets(
 def random_windows(
     path: str, vocab_size: int, block_size: int, n_tokens: int, seed: int, device: str = "cpu"
 ) -> Iterator[Tensor]:
-    """About `n_tokens` tokens of a file as batches (up to 32, block_size) of ids, int64.
+    """About `n_tokens` tokens of a file, or of its shards, as batches (up to 32, block_size) of ids, int64.
 
     Windows start anywhere and may overlap. ValueError as of `read_tokens`, and where the file is
     shorter than a window, or than the meta.json beside it says.
     """
-    data = read_tokens(path, vocab_size)
     folder, name = os.path.split(path)
     meta_path = os.path.join(folder, "meta.json")
+    meta = None
     if name in ("train.bin", "val.bin") and os.path.exists(meta_path):
-        _check_count(folder, name.removesuffix(".bin"), len(data), _read_meta(meta_path))
+        meta = _read_meta(meta_path)
+    data = read_tokens(path, vocab_size, meta)
+    if meta is not None:
+        _check_count(folder, name.removesuffix(".bin"), len(data), meta)
     if len(data) < block_size:
         raise ValueError(
             f"{path} has {len(data)} tokens, fewer than one block of {block_size}; "
@@ -188,14 +269,42 @@ def window_of(model_dir: str, block_size: int, asked: int = 0) -> int:
     return min(trained, block_size)
 
 
-def bigram_log_probs(train: np.ndarray, vocab: int) -> Tensor:
-    """(vocab, vocab): log P(next | current) as counted in `train`, smoothed by the unigram."""
-    piece = 1 << 24  # tokens at a time: the data may not fit in memory as int64
+def count_bigrams(ids, vocab: int) -> np.ndarray:
+    """(vocab, vocab) int64: how often each token follows each other one."""
     counts = np.zeros(vocab * vocab, dtype=np.int64)
-    for i in range(0, len(train) - 1, piece):
-        ids = train[i : i + piece + 1].astype(np.int64)
-        counts += np.bincount(ids[:-1] * vocab + ids[1:], minlength=vocab * vocab)
-    counts = torch.from_numpy(counts).view(vocab, vocab).float()
+    for i in range(0, len(ids) - 1, PIECE):
+        piece = ids[i : i + PIECE + 1].astype(np.int64)
+        counts += np.bincount(piece[:-1] * vocab + piece[1:], minlength=vocab * vocab)
+    return counts.reshape(vocab, vocab)
+
+
+def read_bigrams(folder: str, meta: dict) -> np.ndarray | None:
+    """`count_bigrams` of train as prepare.py left it, or None where it left none.
+
+    ValueError where the file is not the one that belongs to these data.
+    """
+    if "bigrams" not in meta:
+        return None
+    path = os.path.join(folder, str(meta["bigrams"]))
+    vocab = meta["vocab_size"]
+    n = sum(shard["tokens"] for shard in _listed(meta, "train", folder))
+    try:
+        counts = np.load(path)
+    except (OSError, ValueError, EOFError) as e:
+        raise ValueError(f"{path} is missing or unusable ({type(e).__name__}); {PREPARE}") from e
+    if counts.shape != (vocab, vocab) or counts.sum() != n - 1:
+        raise ValueError(f"{path} is not of the data beside it; {PREPARE}")
+    return counts
+
+
+def bigram_log_probs(train: Tokens, vocab: int, counts: np.ndarray | None = None) -> Tensor:
+    """(vocab, vocab): log P(next | current) as counted in `train`, smoothed by the unigram.
+
+    counts: those of `count_bigrams`, if they are known already.
+    """
+    if counts is None:
+        counts = count_bigrams(train, vocab)
+    counts = torch.from_numpy(counts).float()
     unigram = (counts.sum(0) + 1) / (counts.sum() + vocab)
     strength = 4.0  # pseudo-counts a row: a pair that was never seen is rare, not impossible
     smoothed = (counts + strength * unigram) / (counts.sum(1, keepdim=True) + strength)

@@ -3,6 +3,7 @@
 - One process:       python train.py --config=configs/demo.toml --key=value ...
 - Many, CPU or CUDA: torchrun --nproc_per_node=N train.py --config=configs/demo.toml
 - A run is a directory: the published model files, train.toml, log.jsonl, state.pt (to resume).
+- What it would take, without taking it: python train.py --config=... --plan
 - Data order is a function of (seed, step); a resumed run is bitwise the run that never stopped.
 - Ctrl-C, SIGTERM: the step is finished and saved. A loss that is not finite stops the run.
 - `begin`, `loop` and what they call is bridge.py's too; what the loop trains is a `Job`.
@@ -12,21 +13,15 @@ Paper sections 2.1 and A.2.
 import json
 import math
 import os
-import shlex
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NoReturn
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import (as_script, bounded, die, one_of, parse, remove_leftovers, sole_user,
-                    stop_signals, to_toml, write_atomic)
+from config import as_script, bounded, die, one_of, parse
 
 import numpy as np
 import torch
@@ -36,9 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs import (Job, Run, Saver, agree_to_stop, catch_signals, leave, meet, others_may_die,
+                  own_directory, prepare_directory, restore, save_modules, say_how_to_go_on)
 from model import GPT, SITES, GPTConfig, device_of
-from optim import L0AdamW, clip_rms_, density_at, lr_factor_at, param_groups
-from tokens import bigram_log_probs, fingerprint, inputs_and_targets, read_data
+from optim import L0AdamW, density_at, lr_factor_at, param_groups, scale_rms_
+from plan import text_of_plan
+from tokens import bigram_log_probs, inputs_and_targets, read_bigrams, read_data, vocab_of
 
 
 @dataclass
@@ -46,10 +44,15 @@ class TrainConfig:
     out_dir: str = "out/train"
     data_dir: str = "data/tinypython"
     resume: bool = False          # go on from out_dir/state.pt where there is one
+    plan: bool = False            # print what the run would take, and end
     seed: int = bounded(0, at_least=0)
     device: str = one_of("auto", "cpu", "cuda")
     dtype: str = one_of("float32", "bfloat16")  # autocast, with float32 weights and moments
     compile: bool = False
+    # the published family by its two numbers: width 256 * expansion, matrices at pfrac / expansion^2
+    # and embeddings at pfrac / expansion. 0 = by the settings below
+    expansion: int = bounded(0, at_least=0)
+    pfrac: float = bounded(0.0, at_least=0)
     # model (paper 2.1, A.1)
     n_layer: int = bounded(2, at_least=1)
     d_model: int = bounded(256, at_least=1)
@@ -58,6 +61,7 @@ class TrainConfig:
     d_mlp: int = bounded(0, at_least=0)   # 0 = 4 * d_model
     block_size: int = bounded(128, at_least=1)  # tokens
     afrac: float = bounded(0.25, at_least=0, at_most=1)  # share that AbsTopK keeps; 0 = off
+    afrac_loctypes: str = ",".join(SITES.values())       # where, by the published names
     sink: bool = True
     positions: str = one_of("none", "added", "concat")  # concat: d_pos_emb channels at each read
     d_pos_emb: int = 16
@@ -67,79 +71,46 @@ class TrainConfig:
     batch_size: int = bounded(32, at_least=1)  # sequences per step, over all processes
     grad_accum: int = bounded(1, at_least=1)   # micro-steps per step
     max_steps: int = bounded(1000, at_least=1)
-    lr: float = bounded(0.03, above=0)         # before the schedule's 1/sqrt(density)
+    # At the final density. While more weights are kept it is smaller: sqrt(density at the end / now)
+    lr: float = bounded(0.075, above=0)
     warmup: float = bounded(0.01, at_least=0, below=1)     # fraction of training
-    density: float = bounded(0.02, above=0, at_most=1)     # share of weights at the end; 1 = dense
-    # fractions of training between which the density falls from 1
-    anneal_start: float = bounded(0.0, at_least=0, at_most=1)
+    # shares of the weights that are left at the end; 1 = dense
+    density: float = bounded(0.02, above=0, at_most=1)     # of the matrices
+    embed_density: float = bounded(0.0, at_least=0, at_most=1)  # of embeddings; 0 = density
+    bias_density: float = bounded(0.0, at_least=0, at_most=1)   # of biases; 0 = density
+    # fractions of training between which they fall from 1
+    anneal_start: float = bounded(0.01, at_least=0, at_most=1)
     anneal_end: float = bounded(0.5, at_least=0, at_most=1)
     min_per_neuron: int = bounded(4, at_least=0)  # j: nonzeros that a neuron keeps in any case
-    weight_decay: float = bounded(0.1, at_least=0, below=1)
+    weight_decay: float = bounded(0.1, at_least=0, below=1)  # of matrices and embeddings, times lr
     beta1: float = bounded(0.9, at_least=0, below=1)
     beta2: float = bounded(0.95, at_least=0, below=1)
     eps: float = bounded(0.1, above=0)  # of this size, because gradients have an RMS of 1
-    grad_rms: str = one_of("clip", "normalize")  # the gradient's RMS, to 1
+    grad_rms: str = one_of("normalize", "clip")  # the gradient's RMS, to 1 or to at most 1
     # reporting
     log_interval: int = bounded(10, at_least=1)  # steps
     eval_interval: int = bounded(250, at_least=1)
     eval_tokens: int = bounded(32768, at_least=1)  # per part of the validation data
     save_interval: int = bounded(250, at_least=1)
+    keep_every: int = bounded(0, at_least=0)  # a copy of the model each so many steps; 0 = none
     tokenizer_hash: str = ""  # of the data's tokenizer: filled in, and kept with the run
 
 
 CPP_COMPILERS = ("g++", "clang++", "c++")  # what torch.compile looks for
+TINYPYTHON_VOCAB = 2048  # of our tokenizer and of the published models
 # Above so many tokens the counted bigram table takes gigabytes: evaluation then does without.
 LARGEST_TABLE = 8192
 
-# Settings that a resumed run must share with its checkpoint: they shape the weights ...
-SHAPING = (
-    "n_layer", "d_model", "n_head", "d_head", "d_mlp", "block_size", "sink", "positions",
-    "d_pos_emb", "bigram", "bridge_afrac", "tokenizer_hash",
-)
-# ... and those that it may change and still be the same run.
-FREE = ("resume", "out_dir", "log_interval", "eval_interval", "eval_tokens", "save_interval")
-
-
-@dataclass
-class Run:
-    """What one process of a training run works with."""
-    cfg: TrainConfig
-    rank: int
-    world: int          # number of processes
-    device: str
-    train: np.ndarray   # token ids, uint16
-    val: np.ndarray
-    meta: dict
-    # (vocab, vocab), log P(next | current) counted on the training data; None if that is too large
-    bigram: Tensor | None
-
-    def say(self, text: str) -> None:
-        if self.rank != 0:
-            return
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # `| head` has had enough; the run, and its log, go on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    @property
-    def log_path(self) -> str:
-        return os.path.join(self.cfg.out_dir, "log.jsonl")
-
-
-@dataclass
-class Job:
-    """What `loop` trains, as train.py and bridge.py put it together.
-
-    net(x, y) gives what `describe` reads (None, if that is to log nothing more) and the loss to
-    minimise. Of the modules that learn, "model" is a GPT, kept in the published format; another is
-    kept as NAME.pt.
-    """
-    net: nn.Module
-    modules: dict[str, nn.Module]
-    optimizer: L0AdamW
-    evaluate: Callable[[], dict]   # what an evaluation adds to log.jsonl
-    text: Callable[[dict], str]    # the same for the screen
-    describe: Callable[[object], dict] | None = None  # net's first output, for log.jsonl
+def of_the_family(cfg: TrainConfig) -> TrainConfig:
+    """With the widths and densities that `expansion` and `pfrac` stand for, where they are given."""
+    if cfg.expansion == 0 and cfg.pfrac == 0:
+        return cfg
+    if cfg.expansion == 0 or not 0 < cfg.pfrac <= cfg.expansion:
+        die(f"expansion {cfg.expansion} and pfrac {cfg.pfrac} name no model: give both, and pfrac "
+            "at most as large as expansion")
+    e = cfg.expansion
+    return replace(cfg, d_model=256 * e, n_head=0, d_mlp=0, density=cfg.pfrac / e**2,
+                   embed_density=cfg.pfrac / e)
 
 
 def check_run(cfg: TrainConfig, world: int) -> None:
@@ -166,6 +137,7 @@ def begin(cfg: TrainConfig) -> Run:
     try:
         device = device_of(cfg.device)
         train, val, meta = read_data(cfg.data_dir, cfg.block_size)
+        counts = read_bigrams(cfg.data_dir, meta)  # None where they are still to be counted
     except ValueError as e:
         die(e)
     if cfg.bigram == "counts" and meta["vocab_size"] > LARGEST_TABLE:
@@ -187,30 +159,8 @@ def begin(cfg: TrainConfig) -> Run:
     torch.manual_seed(cfg.seed)
     bigram = None
     if meta["vocab_size"] <= LARGEST_TABLE:
-        bigram = bigram_log_probs(train, meta["vocab_size"]).to(device)
+        bigram = bigram_log_probs(train, meta["vocab_size"], counts).to(device)
     return Run(cfg, rank, world, device, train, val, meta, bigram)
-
-
-def meet(backend: str) -> None:
-    """Wait for the other processes of this run; one line where that fails."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        parent = os.getppid()
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    try:
-        dist.init_process_group(backend)
-    except (ValueError, RuntimeError) as e:  # RuntimeError: also what torch.distributed raises
-        reason = str(e).splitlines()[0]
-        die(f"the {os.environ['WORLD_SIZE']} processes of this run cannot meet ({reason}); start "
-            "them by torchrun, or take RANK and WORLD_SIZE out of the environment")
-
-
-def end_with(parent: int) -> None:
-    """A process whose torchrun was killed ends as well, or it would keep a new start out."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    if not dist.is_initialized():
-        os._exit(128 + signal.SIGTERM)  # it waits for the others, deaf to signals
-    os.kill(os.getpid(), signal.SIGTERM)  # the step is finished and saved
 
 
 def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -221,7 +171,7 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(
         block_size=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, d_model=cfg.d_model,
         n_head=cfg.n_head or cfg.d_model // cfg.d_head, d_head=cfg.d_head, d_mlp=cfg.d_mlp or None,
-        afrac=cfg.afrac or None, afrac_loctypes=",".join(SITES.values()),
+        afrac=cfg.afrac or None, afrac_loctypes=cfg.afrac_loctypes,
         d_pos_emb=cfg.d_pos_emb if cfg.positions == "concat" else None,
         enable_bigram_table=cfg.bigram != "none", learnable_bigram_table=cfg.bigram == "learned",
         rms_norm=True, tied_unembed=False, sink=cfg.sink, grad_checkpointing=cfg.grad_checkpointing)
@@ -243,8 +193,8 @@ def new_model(run: Run) -> GPT:
 
 def optimizer_of(cfg: TrainConfig, model: GPT, others: Iterable[dict] = ()) -> L0AdamW:
     """For the model's parameters, and for the `others` groups."""
-    groups = [*param_groups(model, cfg.density, cfg.weight_decay), *others]
-    return L0AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
+    groups = param_groups(model, cfg.density, cfg.embed_density, cfg.bias_density, cfg.weight_decay)
+    return L0AdamW([*groups, *others], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
                    min_per_neuron=cfg.min_per_neuron)
 
 
@@ -325,143 +275,6 @@ def evaluation_text(measured: dict) -> str:
     return f"  validation, nats per token: {'; '.join(parts)}; dead neurons {dead:.1%}"
 
 
-# --- checkpoints -----------------------------------------------------------------------------
-
-def save(run: Run, job: Job, step: int) -> None:
-    """The run directory. state.pt comes first and is complete in itself, so a kill between two
-    files leaves a run that resumes. On a full disk the old files stay: one line, exit status 2."""
-    cfg = run.cfg
-    state = {"step": step, "config": asdict(cfg), "optimizer": job.optimizer.state_dict()}
-    state["data"] = fingerprint(run.train)
-    for name, module in job.modules.items():
-        state[name] = module.state_dict()
-    try:
-        write_atomic(os.path.join(cfg.out_dir, "state.pt"), partial(torch.save, state))
-        save_modules(cfg, job)
-    except OSError as e:
-        die(f"the checkpoint of step {step} could not be saved ({e.strerror or e}); "
-            f"the one before it in {cfg.out_dir} is kept")
-
-
-def save_modules(cfg: TrainConfig, job: Job) -> None:
-    for name, module in job.modules.items():
-        if name == "model":
-            module.save(cfg.out_dir)
-        else:
-            path = os.path.join(cfg.out_dir, f"{name}.pt")
-            write_atomic(path, partial(torch.save, module.state_dict()))
-
-
-def script_of(cfg: TrainConfig) -> str:
-    """The script that a config belongs to: what a message tells the user to start again."""
-    return os.path.basename(sys.modules[type(cfg).__module__].__file__)
-
-
-def load_state(run: Run, names: Iterable[str]) -> dict | None:
-    """The state to go on from, or None to start anew. Exits if it is not a state of this run.
-
-    names: of the modules that it must hold.
-    """
-    cfg = run.cfg
-    path = os.path.join(cfg.out_dir, "state.pt")
-    if not os.path.exists(path):
-        return None
-    if not cfg.resume:
-        die(f"{cfg.out_dir} already holds a run; go on with --resume=true, or in another --out_dir")
-    kinds = {"step": int, "config": dict, "optimizer": dict, **dict.fromkeys(names, dict)}
-    try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
-        whole = all(isinstance(state.get(key), kind) for key, kind in kinds.items())
-    except Exception:  # torch.load raises many kinds on a truncated or foreign file
-        whole = False
-    if not whole:
-        die(f"{path} is truncated or not a checkpoint of {script_of(cfg)}; remove it to start anew")
-
-    # Another shape cannot go on with these weights. Another learning rate, say, can, and may be
-    # wanted; but then it is no longer the run that never stopped.
-    new = asdict(cfg)
-    old = {"tokenizer_hash": cfg.tokenizer_hash} | state["config"]  # older runs do not have it
-    for key in SHAPING:
-        if key in new and old.get(key) != new[key]:
-            die(f"cannot resume: {path} has {key} {old.get(key)}, this run {new[key]}; "
-                "use the same, or another --out_dir")
-    changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
-    changes = [f"{key} {old.get(key)} -> {new[key]}" for key in changed]
-    data = fingerprint(run.train)
-    if state.get("data", data) != data:  # older checkpoints have none
-        changes.append(f"the tokens in {cfg.data_dir}/train.bin")
-    if changes:
-        run.say("note: changed since the checkpoint, so not the same run any more: "
-                + ", ".join(changes))
-    return state
-
-
-def restore(run: Run, job: Job) -> int:
-    """Put modules and optimizer where the checkpoint left them. Returns the steps done, or 0."""
-    state = load_state(run, job.modules)
-    if state is None:
-        return 0
-    # the tensors of `state` are copied from, not kept: they are gone when this function returns
-    groups = job.optimizer.param_groups
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    try:
-        for name, module in job.modules.items():
-            if name == "model":
-                module.load_weights(state[name])
-            else:
-                module.load_state_dict(state[name])
-        job.optimizer.load_state_dict(state["optimizer"])
-        # moments from the checkpoint, settings from this run's config
-        for group, fresh in zip(job.optimizer.param_groups, settings):
-            group.update(fresh)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        die(f"{run.cfg.out_dir}/state.pt does not fit this model: {e}")
-    run.say(f"resuming {run.cfg.out_dir} at step {state['step']}")
-    return state["step"]
-
-
-def trim_log(path: str, step: int) -> None:
-    """Drop what was logged after the checkpoint, and lines that a kill or a crash left broken."""
-    if not os.path.exists(path):
-        return
-    kept = []
-    with open(path, "rb") as f:
-        for line in f:
-            try:
-                logged = json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):  # cut off, blank, zeros, not UTF-8
-                continue
-            if logged and line.endswith(b"\n"):
-                kept.append(line)
-    write_atomic(path, b"".join(kept))
-
-
-@contextmanager
-def own_directory(run: Run) -> Iterator[None]:
-    """Meanwhile no other run can use this one's directory: the two would spoil each other's."""
-    out_dir = run.cfg.out_dir
-    with ExitStack() as stack:
-        try:
-            if run.rank == 0:
-                stack.enter_context(sole_user(out_dir))
-        except BlockingIOError:
-            die(f"another process trains in {out_dir}; wait for it, or give another --out_dir")
-        except OSError as e:
-            die(f"cannot write to out_dir '{out_dir}': {e.strerror}")
-        yield
-
-
-def prepare_directory(run: Run, start: int) -> None:
-    """The run directory with its config, and a log that ends where this run begins."""
-    cfg = run.cfg
-    try:
-        remove_leftovers(cfg.out_dir)
-        write_atomic(os.path.join(cfg.out_dir, "train.toml"), to_toml(cfg).encode())
-        trim_log(run.log_path, start)
-    except OSError as e:
-        die(f"cannot write to out_dir '{cfg.out_dir}': {e.strerror}")
-
-
 # --- the loop --------------------------------------------------------------------------------
 
 def learned(module: nn.Module) -> list[Tensor]:
@@ -493,19 +306,6 @@ def for_this_machine(run: Run, net: nn.Module) -> nn.Module:
     return net
 
 
-def catch_signals() -> list[int]:
-    """From now on Ctrl-C, SIGTERM and SIGHUP only append their number to this list."""
-    caught = []
-
-    # a step is never broken off: the loop looks at the list between steps
-    def remember(number, frame):
-        caught.append(number)
-
-    for sig in stop_signals():
-        signal.signal(sig, remember)
-    return caught
-
-
 def forward_backward(run: Run, net: nn.Module, step: int) -> tuple[Tensor, object]:
     """Add up the gradients of a step. Returns its loss (nats, mean of all processes), and what the
     net saw in the last micro-step of this process."""
@@ -533,15 +333,6 @@ def forward_backward(run: Run, net: nn.Module, step: int) -> tuple[Tensor, objec
     return loss, seen
 
 
-def agree_to_stop(run: Run, caught: list[int]) -> int:
-    """The signal that any process has caught, 0 for none: all of them stop at the same step."""
-    stop = torch.tensor(caught[0] if caught else 0)
-    if run.world > 1:
-        stop = stop.to(run.device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
-    return int(stop)
-
-
 def report(run: Run, job: Job, entry: dict, evaluating: bool) -> None:
     """Print what a step did and append it to log.jsonl, with an evaluation where it is due."""
     cfg = run.cfg
@@ -564,13 +355,6 @@ def report(run: Run, job: Job, entry: dict, evaluating: bool) -> None:
             f"the last checkpoint in {cfg.out_dir} is kept")
 
 
-def say_how_to_go_on(run: Run, done: int) -> None:
-    command = "python" if run.world == 1 else f"torchrun --nproc_per_node={run.world}"
-    config = shlex.quote(f"--config={run.cfg.out_dir}/train.toml")
-    run.say(f"stopped after step {done}, all saved; go on with: "
-            f"{command} {script_of(run.cfg)} {config} --resume=true")
-
-
 def not_finite(run: Run, step: int, what: str) -> int:
     """Say why the run stops; the exit status."""
     run.say(f"step {step}: {what}, so the run stops here. "
@@ -586,87 +370,123 @@ def loop(run: Run, job: Job) -> int:
         if run.rank == 0:
             prepare_directory(run, start)
             if start >= cfg.max_steps:  # killed between its last two files: the older model
-                save_modules(cfg, job)
-        return steps_from(start, run, job)
+                save_modules(cfg, job, {name: m.state_dict() for name, m in job.modules.items()})
+        with others_may_die(), Saver(run, job) as saver:
+            return steps_from(start, run, job, saver)
 
 
-def steps_from(start: int, run: Run, job: Job) -> int:
+def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, object]:
+    """One step of training, counted from 0: gradients, their scale, the optimizer.
+
+    Returns what log.jsonl keeps of it, and what `forward_backward` saw. Where loss or gradient is
+    not finite, the weights are left as they are.
+    """
+    cfg = run.cfg
+    progress = partial(density_at, step, cfg.max_steps, start=cfg.anneal_start, end=cfg.anneal_end)
+    density = progress(cfg.density)
+    lr = cfg.lr * lr_factor_at(step, cfg.max_steps, cfg.density / density, cfg.warmup)
+    job.optimizer.set_schedule(lr, progress)
+
+    loss, seen = forward_backward(run, net, step)
+    # each module has its own scale of gradients (paper A.2: RMS over all parameters)
+    rms = [scale_rms_(learned(m), cfg.grad_rms).item() for m in job.modules.values()]
+    measured = {
+        "train_loss": loss.item(),
+        "density": density,
+        "lr": lr,
+        "grad_rms": rms[0],  # of the model; bridges have their own
+    }
+    if all(map(math.isfinite, (measured["train_loss"], *rms))):
+        job.optimizer.step()  # Adam, projection, decay: from here on the density holds
+    else:
+        measured["not_finite"] = True
+    job.optimizer.zero_grad(set_to_none=True)
+    return measured, seen
+
+
+def steps_from(start: int, run: Run, job: Job, saver: Saver) -> int:
     """The steps of a run from `start`, counted from 0, to its end. Returns the exit status."""
     cfg = run.cfg
-    optimizer = job.optimizer
     say_what_starts(run, job)
     net = for_this_machine(run, job.net)
     caught = catch_signals()
-    density_now = partial(density_at, start=cfg.anneal_start, end=cfg.anneal_end)
     step_tokens = cfg.batch_size * cfg.block_size
     # speed is measured since the last report, by a clock that nobody sets
     clock, clock_step = time.monotonic(), start
 
     for step in range(start, cfg.max_steps):
-        density = density_now(step, cfg.max_steps, cfg.density)
-        lr = cfg.lr * lr_factor_at(step, cfg.max_steps, density, cfg.warmup)  # the sharkfin
-        optimizer.set_schedule(lr, partial(density_now, step, cfg.max_steps))
-
-        loss, seen = forward_backward(run, net, step)
-        loss = loss.item()
-        # each module has its own scale of gradients (paper A.2: RMS over all parameters)
-        rms = [clip_rms_(learned(m), cfg.grad_rms).item() for m in job.modules.values()]
-        if not all(map(math.isfinite, (loss, *rms))):
-            return not_finite(run, step + 1, f"loss {loss}, gradient RMS {rms[0]}: not finite")
-        optimizer.step()  # AdamW, then the projection: from here on the density holds
-        optimizer.zero_grad(set_to_none=True)
-
+        measured, seen = train_step(run, job, net, step)
         done = step + 1
+        if "not_finite" in measured:
+            return not_finite(run, done, f"loss {measured['train_loss']}, gradient RMS "
+                              f"{measured['grad_rms']}: not finite")
+
         final = done == cfg.max_steps
         stop = agree_to_stop(run, caught)
-        # what is saved must be sound: the loss was that of the weights before this step
         saving = done % cfg.save_interval == 0 or final or stop
-        if saving and not all(p.isfinite().all() for m in job.modules.values() for p in learned(m)):
+        keeping = cfg.keep_every > 0 and done % cfg.keep_every == 0
+        # what is saved must be sound: the loss was that of the weights before this step
+        if (saving or keeping) and not is_sound(job):
             return not_finite(run, done, "weights that are not finite")
         evaluating = done % cfg.eval_interval == 0 or final
         if done % cfg.log_interval == 0 or evaluating or done == 1:
             seconds = time.monotonic() - clock
-            entry = {
-                "step": done,
-                "tokens": done * step_tokens,
-                "train_loss": loss,
-                "density": density,
-                "lr": lr,
-                "grad_rms": rms[0],  # of the model; bridges have their own
-                "nonzeros": int(sum(p.count_nonzero() for p in sparse_of(optimizer))),
-                "tokens_per_s": round((done - clock_step) * step_tokens / seconds),
-            }
+            entry = {"step": done, "tokens": done * step_tokens} | measured
+            entry["nonzeros"] = int(sum(p.count_nonzero() for p in sparse_of(job.optimizer)))
+            entry["tokens_per_s"] = round((done - clock_step) * step_tokens / seconds)
             if job.describe is not None:
                 entry |= job.describe(seen)
             report(run, job, entry, evaluating)
             clock, clock_step = time.monotonic(), done
-        if saving and run.rank == 0:
-            save(run, job, done)
+        if run.rank == 0:
+            saver.check()
+            if keeping:  # before the state: a run that resumes from this step has it
+                saver.keep(done)
+            if saving:
+                saver.save(done)
         if stop and not final:
+            saver.wait()
             say_how_to_go_on(run, done)
             return 128 + stop
+    saver.wait()
     run.say(f"done: {cfg.out_dir}")
     return 0
 
 
+def is_sound(job: Job) -> bool:
+    """Whether every weight is a number."""
+    return all(p.isfinite().all() for m in job.modules.values() for p in learned(m))
+
+
+def print_plan(cfg: TrainConfig) -> int:
+    """What the run would take; nothing is allocated and nothing written."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    check_run(cfg, world)
+    try:
+        vocab_size = vocab_of(cfg.data_dir)
+    except ValueError:
+        vocab_size = TINYPYTHON_VOCAB
+        print(f"no data in {cfg.data_dir} yet; for a vocabulary of {vocab_size} tokens:\n")
+    try:
+        with torch.device("meta"):
+            model = GPT(model_config(cfg, vocab_size))
+    except ValueError as e:
+        die(e)
+    if cfg.positions == "none":
+        model.transformer.wpe.weight.requires_grad_(False)
+    print(text_of_plan(cfg, model, world))
+    return 0
+
+
 def main(argv: list[str]) -> int:
-    run = begin(parse(TrainConfig, argv))
+    cfg = of_the_family(parse(TrainConfig, argv))
+    if cfg.plan:
+        return print_plan(cfg)
+    run = begin(cfg)
     model = new_model(run)
     job = Job(model, {"model": model}, optimizer_of(run.cfg, model),
               evaluate=partial(evaluate, model, run), text=evaluation_text)
     return loop(run, job)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process. Of several, all wait for each other and then go at once: while Python takes
-    itself down, a thread of gloo's may still be there, and would abort a run that is finished."""
-    if dist.is_initialized():
-        if code < 128:  # a signal may have reached this process alone
-            dist.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

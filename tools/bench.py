@@ -31,7 +31,7 @@ import fast
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT, device_of
 from ops import abstopk, linear
-from optim import L0AdamW, clip_rms_, param_groups
+from optim import L0AdamW, scale_rms_, param_groups
 from prune import Gates, PruneConfig, learn_masks
 from tasks import TASKS, load_pairs
 from train import TrainConfig, autocast, model_config
@@ -103,7 +103,7 @@ def stepper(cfg: TrainConfig, density: float) -> tuple[GPT, Jobs]:
 
     def update():
         optimizer.set_schedule(cfg.lr, dense)  # so that step() does not project
-        clip_rms_(params, cfg.grad_rms)
+        scale_rms_(params, cfg.grad_rms)
         optimizer.step()
         optimizer.zero_grad()
 
