@@ -74,4 +74,4 @@ $(BRIDGE)/steer/%/steer.json: $(BRIDGE)/%/circuit.json | .venv/matplotlib
 	-$(PY) -m pip install -q --disable-pip-version-check $(shell grep -o '^matplotlib[^ ]*' requirements-extra.txt) && touch $@
 
 clean:
-	rm -rf out .venv $(DATA)/*.bin $(DATA)/meta.json
+	rm -rf out .venv $(DATA)/*.bin $(DATA)/meta.json $(DATA)/bigrams.npy $(DATA)/.unfinished

@@ -22,7 +22,6 @@ from typing import NoReturn
 
 from config import die, remove_leftovers, sole_user, stop_signals, to_toml, write_atomic
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn

@@ -14,15 +14,11 @@
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import active_children, get_context
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, one_of, parse
@@ -34,6 +30,7 @@ from torch import Tensor
 from circuit import (Circuit, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
                      read_circuit, run_to_last, write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
+from data.workers import begin_worker, worker_pool
 from minimise import Search, minimise, with_values
 from model import GPT, config_of, device_of, weights_hash
 from tasks import (TASKS, Pairs, Task, answer_ids, batches_of, calibrate, calibrated,
@@ -473,17 +470,9 @@ def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
     others outlives it.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # spawned, not forked: a fork would inherit threads of PyTorch that it has not got
-    context = get_context("spawn")
     try:
-        with ProcessPoolExecutor(jobs, context, _begin_worker, (threads, os.getpid())) as pool:
-            try:
-                return list(pool.map(partial(result_or_reason, f), items))
-            except KeyboardInterrupt:  # a signal: do not wait for what takes minutes
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in active_children():
-                    worker.terminate()
-                raise
+        with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
+            return list(pool.map(partial(result_or_reason, f), items))
     except BrokenProcessPool:
         die("a process was killed, perhaps for want of memory; what was finished is kept: "
             "run it again with fewer --jobs")
@@ -491,14 +480,7 @@ def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
 
 def _begin_worker(threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # the parent was killed
-
-    threading.Thread(target=watch, daemon=True).start()
+    begin_worker(parent)
 
 
 def result_or_reason(f: Callable, item):

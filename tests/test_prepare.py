@@ -1,6 +1,7 @@
 """data/tinypython: the idioms, the tokenizer, prepare.py."""
 
 import ast
+import gzip
 import hashlib
 import json
 import os
@@ -17,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tinypython.idioms import programs
-from data.tinypython.prepare import real_code
+from data.tinypython.idioms import block, programs
+from data.tinypython.shards import Seen
+from data.tinypython.sources import chunks, documents_of
 from data.tinypython.tokenizer import (
     DEFAULT, EOT, EOT_ID, PATTERN, load_tokenizer, tokenizer_hash, tokenizer_in)
+from config import sole_user
 from model import GPT, GPTConfig
 from tasks import load_model
-from tokens import read_data
+from tokens import count_bigrams, fingerprint, read_bigrams, read_data
 
 ROOT = Path(__file__).resolve().parent.parent / "data" / "tinypython"
 
@@ -74,7 +77,8 @@ def source(tmp_path_factory):
 
 
 def run(*arguments, **environment):
-    command = [sys.executable, str(ROOT / "prepare.py"), *map(str, arguments)]
+    # one process where the number is not the point: the others take a second to start
+    command = [sys.executable, str(ROOT / "prepare.py"), "--workers=1", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120,
                           env=os.environ | environment)
 
@@ -92,8 +96,12 @@ def documents(ids):
     return [tuple(part[part != EOT_ID].tolist()) for part in parts]
 
 
-def tokens(file):
-    return np.fromfile(file, dtype="<u2")
+def tokens(folder, side):
+    return np.concatenate([np.fromfile(file, dtype="<u2") for file in sorted(folder.glob(f"{side}.*.bin"))])
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +281,7 @@ def test_data_end_each_document_with_the_tokenizers_own_end(published, tmp_path)
     options = ["--tokens=3000", "--idioms=1", "--val=0.1", f"--source={tmp_path / 'code'}"]
     command = [sys.executable, ROOT / "prepare.py", f"--out={out}", f"--tokenizer={tmp_path}", *options]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
-    meta, ids = json.loads((out / "meta.json").read_text()), tokens(out / "train.bin")
+    meta, ids = json.loads((out / "meta.json").read_text()), tokens(out, "train")
     assert (meta["eot"], meta["vocab_size"]) == (0, 2048) and meta["tokenizer_hash"] == tokenizer_hash(tmp_path)
     assert ids[-1] == 0 and (ids == 0).sum() == meta["documents"]["idioms"]["train"] and not (ids == 2047).any()
 
@@ -331,10 +339,15 @@ def test_no_program_comes_twice_and_a_seed_repeats_them_all(sample):
     assert not set(islice(programs(seed=8), 3000)) & set(sample)
 
 
-def test_a_program_that_comes_again_is_passed_over(monkeypatch):
+def test_a_program_that_comes_again_in_its_block_is_passed_over(monkeypatch):
     texts = [f"x = {i}\n" * 20 for i in range(5)]
     monkeypatch.setattr("data.tinypython.idioms.program", lambda rng: rng.choice(texts))
-    assert sorted(islice(programs(seed=0), 5)) == texts
+    assert sorted(block(0, 0)) == texts
+
+
+def test_blocks_are_drawn_from_the_seed_and_their_number_alone():
+    assert block(7, 3) == block(7, 3) and list(islice(programs(7), 150))[:len(block(7, 0))] == block(7, 0)
+    assert not set(block(7, 3)) & set(block(7, 4)) and not set(block(7, 3)) & set(block(8, 3))
 
 
 def test_programs_have_20_to_400_tokens_as_a_rule(tokenizer, sample):
@@ -362,7 +375,7 @@ def test_every_answer_occurs_in_the_programs(tokenizer, sample, task):
 
 def test_no_document_is_in_both_train_and_val(prepared):
     out, meta = prepared
-    train, val = (documents(tokens(out / name)) for name in ("train.bin", "val.bin"))
+    train, val = (documents(tokens(out, side)) for side in ("train", "val"))
     assert not set(train) & set(val)
     for side, found in ("train", train), ("val", val):
         counts = [meta["documents"][part][side] for part in ("idioms", "code")]
@@ -374,9 +387,9 @@ def test_a_document_stays_on_its_side_whatever_the_other_options(source, prepare
     out, _ = prepared
     others = "--tokens=40_000", "--idioms=0.6", "--val=0.1", "--seed=0"
     prepare(tmp_path, f"--source={source}", *others)
-    for here, there in (("train.bin", "val.bin"), ("val.bin", "train.bin")):
-        ours = set(documents(tokens(out / here)))
-        assert not ours & set(documents(tokens(tmp_path / there)))
+    for here, there in (("train", "val"), ("val", "train")):
+        ours = set(documents(tokens(out, here)))
+        assert not ours & set(documents(tokens(tmp_path, there)))
 
 
 def test_the_same_options_give_the_same_bytes_and_another_seed_others(source, prepared, tmp_path):
@@ -384,17 +397,17 @@ def test_the_same_options_give_the_same_bytes_and_another_seed_others(source, pr
     options = f"--source={source}", "--tokens=20_000", "--idioms=0.8", "--val=0.1"
     prepare(tmp_path / "again", *options)
     prepare(tmp_path / "other", *options, "--seed=1")
-    for name in ("train.bin", "val.bin", "meta.json"):
+    for name in ("train.0000.bin", "val.0000.bin", "bigrams.npy", "meta.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
         assert (tmp_path / "other" / name).read_bytes() != (out / name).read_bytes()
 
 
 def test_val_parts_are_the_idioms_and_then_the_code(prepared, tokenizer):
     out, meta = prepared
-    ids = tokens(out / "val.bin")
+    ids = tokens(out, "val")
     (start, middle), (middle_, stop) = meta["val_parts"]["idioms"], meta["val_parts"]["code"]
     assert (start, middle, stop) == (0, middle_, len(ids)) and 0 < middle < stop
-    generated = set(islice(programs(0), 2000))
+    generated = set(islice(programs(0), 4000))
     assert all(tokenizer.decode(list(d)) in generated for d in documents(ids[:middle]))
     assert all(tokenizer.decode(list(d)).startswith("def good_") for d in documents(ids[middle:]))
 
@@ -403,26 +416,31 @@ def test_meta_counts_what_is_in_the_files(prepared):
     out, meta = prepared
     for side in ("train", "val"):
         counted = sum(meta["tokens"][part][side] for part in meta["tokens"])
-        assert counted == len(tokens(out / f"{side}.bin"))
+        assert counted == len(tokens(out, side))
     code = meta["tokens"]["code"]["train"]
-    assert meta["share"]["code"] == pytest.approx(code / len(tokens(out / "train.bin")), abs=1e-4)
+    assert meta["share"]["code"] == pytest.approx(code / len(tokens(out, "train")), abs=1e-4)
     assert meta["tokenizer_hash"] == hashlib.sha256(DEFAULT.read_bytes()).hexdigest()
     assert (meta["vocab_size"], meta["eot"], meta["seed"]) == (2048, 2047, 0)
 
 
-def test_parts_are_interleaved_in_train(prepared, tokenizer):
-    out, _ = prepared
-    texts = [tokenizer.decode(list(d)) for d in documents(tokens(out / "train.bin"))]
-    is_code = [text.startswith("def good_") for text in texts]
-    half = len(is_code) // 2
-    assert 0.25 < sum(is_code[:half]) / sum(is_code) < 0.75
+def test_parts_are_interleaved_in_train(tmp_path, tokenizer):
+    for i in range(400):
+        (tmp_path / f"m{i}.py").write_text(f"def good_{i}(x):\n" + f"    x = x + {i}\n" * 20)
+    out = tmp_path / "out"
+    prepare(out, f"--source={tmp_path}", "--tokens=120_000", "--idioms=0.6")
+    is_code = np.array([tokenizer.decode(list(d)).startswith("def good_") for d in documents(tokens(out, "train"))])
+    tenths = [part.mean() / is_code.mean() for part in np.array_split(is_code, 10)]
+    assert min(tenths) > 0.5 and max(tenths) < 1.5  # in every tenth about as much of it
 
 
-def test_unparsable_generated_and_duplicate_files_are_dropped(source):
+def test_unparsable_generated_and_duplicate_files_are_dropped(source, tmp_path):
     dropped = Counter()
-    kept = list(real_code((file.read_bytes() for file in sorted(source.glob("*.py"))), dropped))
-    assert sorted(kept) == sorted((source / f"module_{i}.py").read_text() for i in range(40))
-    assert dropped == {"unparsable": 2, "generated": 3, "duplicate": 1}
+    kept = [text for chunk in chunks(str(source), tmp_path) for text in documents_of(chunk, dropped)]
+    good = [(source / f"module_{i}.py").read_text() for i in range(40)]
+    assert sorted(kept) == sorted([*good, good[3]])
+    assert dropped == {"unparsable": 2, "generated": 3}
+    done = run(f"--out={tmp_path / 'out'}", f"--source={source}", "--tokens=20_000", "--idioms=0")
+    assert "code: dropped 1 duplicate, 3 generated, 2 unparsable\n" in done.stdout
 
 
 def test_a_source_that_runs_out_is_said_and_the_share_is_the_true_one(source, tmp_path):
@@ -487,12 +505,195 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, source):
 
 def test_a_full_disk_keeps_the_old_files(tmp_path, source):
     prepare(tmp_path, f"--source={source}", "--tokens=2_000")
-    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    options = f"--out={tmp_path} --source={source} --tokens=40000"
+    old = contents(tmp_path)
+    options = f"--out={tmp_path} --source={source} --tokens=40000 --workers=1"
     script = f"trap '' XFSZ; ulimit -f 8; exec {sys.executable} {ROOT / 'prepare.py'} {options}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+    assert contents(tmp_path) == old
+
+
+# ---------------------------------------------------------------- many tokens
+
+
+OPTIONS = ["--tokens=60_000", "--idioms=0.8", "--val=0.1", "--shard=20_000"]
+
+
+def test_any_number_of_processes_writes_the_same_bytes(source, tmp_path):
+    for workers in (1, 2, 3):
+        prepare(tmp_path / str(workers), f"--source={source}", *OPTIONS, f"--workers={workers}")
+    one, two, three = (contents(tmp_path / str(n)) for n in (1, 2, 3))
+    assert one == two == three
+
+
+def test_shards_are_cut_at_their_size_and_read_as_one(source, tmp_path):
+    meta = prepare(tmp_path / "many", f"--source={source}", *OPTIONS)
+    prepare(tmp_path / "one", f"--source={source}", *OPTIONS, "--shard=1_000_000")
+    sizes = [shard["tokens"] for shard in meta["shards"]["train"]]
+    assert len(sizes) > 2 and sizes[:-1] == [20_000] * (len(sizes) - 1) and 0 < sizes[-1] <= 20_000
+    assert not list((tmp_path / "many").glob("*.unfinished")) and len(list((tmp_path / "one").glob("train.*"))) == 1
+    (train, val, _), (again, val_again, _) = (read_data(str(tmp_path / name), 16) for name in ("many", "one"))
+    assert (train[:] == again[:]).all() and (val[:] == val_again[:]).all()
+
+
+def test_what_a_full_scan_finds_is_kept_beside_the_data(source, tmp_path):
+    meta = prepare(tmp_path, f"--source={source}", *OPTIONS)
+    train, _, _ = read_data(str(tmp_path), 16)
+    assert (read_bigrams(str(tmp_path), meta) == count_bigrams(train, 2048)).all()  # across the shards' borders, too
+    largest = [shard["largest_id"] for shard in meta["shards"]["train"]]
+    assert largest == [tokens_of.max() for tokens_of in train.files]
+    assert [shard["fingerprint"] for shard in meta["shards"]["train"]] == [fingerprint(ids) for ids in train.files]
+
+
+def test_data_prepared_anew_take_the_place_of_the_old(source, tmp_path):
+    prepare(tmp_path, f"--source={source}", *OPTIONS)
+    np.zeros(10, "<u2").tofile(tmp_path / "train.bin")  # of an older program
+    prepare(tmp_path, f"--source={source}", "--tokens=3_000")
+    assert sorted(contents(tmp_path)) == ["bigrams.npy", "meta.json", "train.0000.bin", "val.0000.bin"]
+
+
+KILLED = """
+import os, signal, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+from data.tinypython import prepare
+
+prepare.SYNC = 0  # a checkpoint after every batch
+left = int(os.environ["KILL_AFTER"])
+original = {{}}
+
+def counted(module, name):
+    function = getattr(module, name)
+    def wrapped(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    setattr(module, name, wrapped)
+
+for module, name in ((os, "replace"), (os, "fsync"), (prepare, "checkpoint"), (prepare, "describe"), (prepare.shutil, "rmtree")):
+    counted(module, name)
+prepare.main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(source, tmp_path):
+    """The process kills itself at one file operation after another, and is started again each time."""
+    options = [f"--source={source}", *OPTIONS, "--workers=1"]
+    prepare(tmp_path / "straight", *options)
+    (tmp_path / "killed.py").write_text(KILLED.format(root=str(ROOT.parent.parent)))
+    kills = 0
+    for kill_after in random.Random(0).choices(range(1, 30), k=200):
+        command = [sys.executable, tmp_path / "killed.py", "prepare.py", f"--out={tmp_path / 'killed'}", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"KILL_AFTER": str(kill_after)})
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9, done.stderr
+        kills += 1
+    assert kills > 5 and contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+def test_other_options_start_anew(source, tmp_path):
+    unfinished = tmp_path / "out" / ".unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "checkpoint.json").write_text(json.dumps({"options": {"tokens": 7}}))
+    (unfinished / "train.0000.bin").write_bytes(b"\0" * 5000)
+    prepare(tmp_path / "out", f"--source={source}", "--tokens=3_000")
+    prepare(tmp_path / "straight", f"--source={source}", "--tokens=3_000")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_two_at_once_in_one_folder_are_refused(source, tmp_path):
+    (tmp_path / ".unfinished").mkdir()
+    with sole_user(str(tmp_path / ".unfinished")):
+        done = run(f"--out={tmp_path}", f"--source={source}", "--tokens=1000")
+    assert done.returncode == 2 and "another process prepares data" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_document_that_has_come_is_known_again_also_after_a_kill(tmp_path):
+    keys = [hashlib.sha256(bytes([i, j])).hexdigest() for i in range(40) for j in range(50)]
+    seen = Seen(tmp_path / "seen")
+    assert all(seen.new(key) for key in keys[:1500]) and not any(seen.new(key) for key in keys[:1500])
+    seen.file.close()
+    again = Seen(tmp_path / "seen", 1000 * 8)  # the checkpoint was after a thousand
+    assert not any(again.new(key) for key in keys[:1000]) and all(again.new(key) for key in keys[1000:])
+
+
+# ---------------------------------------------------------------- corpora as they are published
+
+
+PROGRAMS = [f"def number_{i}(x):\n    return x + {i}\n" * 3 for i in range(50)]
+
+
+def lines(key="content"):
+    return [json.dumps({"path": f"{i}.py", key: text, "license": "mit"}) for i, text in enumerate(PROGRAMS)]
+
+
+def write_corpus(path, rows):
+    raw = "".join(row + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        raw = gzip.compress(raw)
+    if path.suffix == ".zst":
+        compress = pytest.importorskip("zstandard").compress
+        raw = compress(raw[: len(raw) // 2]) + compress(raw[len(raw) // 2 :])  # in frames, as large corpora are
+    path.write_bytes(raw)
+    return path
+
+
+def read_source(path, dropped=None):
+    dropped = Counter() if dropped is None else dropped
+    return [text for chunk in chunks(str(path), path) for text in documents_of(chunk, dropped)]
+
+
+@pytest.mark.parametrize("name, key", [("a.jsonl", "content"), ("a.jsonl.gz", "text"), ("a.jsonl.zst", "content")])
+def test_a_corpus_of_json_lines_is_read_in_its_order(tmp_path, name, key):
+    assert read_source(write_corpus(tmp_path / name, lines(key))) == PROGRAMS
+
+
+@pytest.mark.parametrize("key", ["content", "text"])
+def test_a_parquet_file_is_read_in_its_order(tmp_path, key):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    table = pa.table({"id": list(range(51)), key: [*PROGRAMS, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    dropped = Counter()
+    assert read_source(tmp_path / "a.parquet", dropped) == PROGRAMS and dropped == {"empty": 1}
+    pyarrow.parquet.write_table(pa.table({"id": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="no column content or text"):
+        read_source(tmp_path / "b.parquet")
+
+
+def test_a_bad_line_is_counted_and_not_fatal(tmp_path):
+    bad = ['{"content": "cut o', "[1]", '{"content": 3}', '{"path": "x.py"}', "null", '{"content": "\\ud800"}', "\x00", "[" * 99999]
+    dropped = Counter()
+    rows = [row for pair in zip(lines(), bad) for row in pair] + lines()[len(bad):]
+    assert read_source(write_corpus(tmp_path / "a.jsonl", [*rows, ""]), dropped) == PROGRAMS
+    assert dropped == {"bad line": len(bad)}
+
+
+def test_a_folder_gives_its_python_files_and_the_corpora_in_it(tmp_path, source):
+    (tmp_path / "deep").mkdir()
+    write_corpus(tmp_path / "deep" / "b.jsonl", lines()[:10])
+    write_corpus(tmp_path / "a.jsonl.gz", lines()[10:])
+    (tmp_path / "m.py").write_text("x = 1\n")
+    assert read_source(tmp_path) == ["x = 1\n", *PROGRAMS[10:], *PROGRAMS[:10]]
+    several = f"{tmp_path / 'a.jsonl.gz'},{tmp_path / 'deep'}"
+    assert [t for c in chunks(several, tmp_path) for t in documents_of(c, Counter())] == PROGRAMS[10:] + PROGRAMS[:10]
+
+
+def test_a_corpus_that_breaks_off_is_one_line(tmp_path):
+    path = write_corpus(tmp_path / "a.jsonl.gz", [json.dumps({"content": text * 50}) for text in PROGRAMS])
+    path.write_bytes(path.read_bytes()[:-200])
+    check_refusal(run(f"--out={tmp_path / 'out'}", f"--source={path}", "--tokens=900_000", "--idioms=0"), "a.jsonl.gz is cut off",
+                  tmp_path / "out")
+
+
+def test_a_corpus_becomes_data(tmp_path):
+    path = write_corpus(tmp_path / "a.jsonl", lines())
+    meta = prepare(tmp_path / "out", f"--source={path}", "--tokens=8_000", "--idioms=0.5", "--val=0.1")
+    assert sum(meta["documents"]["code"].values()) == 50 and meta["source"] == "a.jsonl"
 
 
 def test_packages_that_cannot_be_downloaded_are_refused(tmp_path):
@@ -510,7 +711,8 @@ def test_wheels_are_read_as_zip_files_and_never_run(tmp_path):
     home.mkdir(parents=True)
     shutil.copy(ROOT.parent.parent / "config.py", tmp_path)
     shutil.copy(ROOT.parent / "__init__.py", home.parent)
-    for name in ("__init__.py", "prepare.py", "idioms.py", "tokenizer.py", "tokenizer.tiktoken"):
+    shutil.copy(ROOT.parent / "workers.py", home.parent)
+    for name in ("__init__.py", "prepare.py", "idioms.py", "shards.py", "sources.py", "tokenizer.py", "tokenizer.tiktoken"):
         shutil.copy(ROOT / name, home)
     (home / "packages.txt").write_text("# two\nsome-thing==1.0\nOther.One==2\n")
     (home / "wheels").mkdir()

@@ -8,7 +8,8 @@ lines takes the indentation of its own. What a template cannot say (matching quo
 what a file's name means) is a method of Pen.
 
 All that the twenty tasks (paper Table 1) turn on is here, each in many guises and among other code.
-Everything is valid Python, and no program comes twice.
+Everything is valid Python. Programs come in blocks, each drawn from the seed and its own number, so
+that many processes can write them; inside a block no program comes twice.
 
     python data/tinypython/idioms.py [SEED]     # five to look at
 
@@ -20,8 +21,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator
-from hashlib import blake2b
-from itertools import islice
+from itertools import count, islice
 
 # --- words -----------------------------------------------------------------------------------
 
@@ -67,6 +67,11 @@ Alice Anna Ben Bob Carol Dan David Emma Eve Frank Grace Henry Ivan Jack Kate Leo
 Nina Oscar Paul Rosa Sam Tom Zoe
 """.split()
 SMALL = "a and at by for from in is no not of on or the to was with you your".split()
+# Second words of names, so that names are as many in 10B tokens as in 10M.
+SUFFIXES = """
+id key name list map set count total index size limit path file type code text value item info data
+node line row group table state level rate ratio score cost price date time start end min max sum
+""".split()
 LETTERS = "x y a b n c d k m v w p q s t".split()
 VARIABLES = """
 value name item data result total count text line word key index size width height number score
@@ -107,6 +112,22 @@ MODULES = """
 os sys re json math time random csv string logging datetime itertools collections functools
 """.split()
 
+FIELDS = """
+id kind status owner size color weight height width depth speed price amount rating priority version
+created updated enabled visible language country city email phone url host port user password title
+summary body author tags notes position rank level stock currency tax discount
+""".split()
+CONSTANTS = """
+MAX_SIZE MIN_SIZE LIMIT DEFAULT_NAME TIMEOUT RETRIES DEBUG VERBOSE ROOT BASE_PATH ENCODING SEPARATOR
+WIDTH HEIGHT COLORS LEVELS VERSION SEED BATCH EPOCHS THRESHOLD RATE ORIGIN UNITS STEPS SCALE
+""".split()
+TYPES = "int str float bool list dict tuple set bytes".split()
+HINTS = "int str float bool list dict".split()
+UNITS = "cm km kg ms px mb kb min sec deg pt em".split()
+STATES = """
+idle ready running paused stopped open closed draft sent paid shipped done failed active locked
+""".split()
+
 # Slots that a plain list of words fills; twice in a list is twice as often.
 WORDS = {
     "anynoun": NOUNS,
@@ -118,6 +139,13 @@ WORDS = {
     "op": "+ + - *".split(),
     "compare": "== == == != < > >= <=".split(),
     "bool": ["True", "True", "False"],
+    "suffix": SUFFIXES,
+    "field": FIELDS,
+    "constant": CONSTANTS,
+    "type": TYPES,
+    "hint": HINTS,
+    "unit": UNITS,
+    "state": STATES,
     "file": ["f", "f", "f", "file", "fh", "handle", "fp"],
 }
 
@@ -142,8 +170,19 @@ GRAMMAR = {
         "$label: $adjective": 1, "$label $verb": 1, "$label is $adjective": 1, "the $label": 1,
     },
     # names and expressions
-    "function": {"$verb_$noun": 13, "$verb": 5, "is_$adjective": 2},
-    "attribute": {"$noun": 4, "$variable": 5, "name": 1, "value": 1, "x": 1, "y": 1},
+    "function": {
+        "$verb_$noun": 10, "$verb": 4, "is_$adjective": 2, "$verb_$adjective_$noun": 2,
+        "$verb_$compound": 2, "has_$noun": 1, "$noun_of": 1, "to_$noun": 1, "get_$field": 1,
+        "set_$field": 1,
+    },
+    "compound": {
+        "$noun_$suffix": 6, "$adjective_$noun": 4, "$noun_$field": 2, "n_$nouns": 1,
+        "$verb_$suffix": 1, "$adjective_$noun_$suffix": 1,
+    },
+    "attribute": {
+        "$noun": 4, "$variable": 5, "name": 1, "value": 1, "x": 1, "y": 1, "$field": 2,
+        "$compound": 1,
+    },
     "callee": {
         "print": 9, "log": 4, "$collection.append": 4, "$verb": 2, "logger.info": 1, "self.log": 1,
         "out.write": 1, "warn": 1, "queue.put": 1, "logger.error": 1,
@@ -278,10 +317,103 @@ GRAMMAR = {
     },
     "idiom": {
         "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 3, "$fstring\n$fstring": 1,
-        "$brackets": 17, "$entries": 5, "$swap": 3, "$ternary": 3, "$call": 2, "$assign": 2,
+        "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$state": 1,
+        "$constants": 1, "$query": 2, "$brackets": 17, "$entries": 5, "$swap": 3, "$ternary": 3, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
         "$attempt": 2, "$openfile": 10, "$buildup": 13, "$oneliner": 2,
+    },
+    # what a program is about, beyond the tasks: so that lines do not repeat in billions of tokens
+    "numeric": {
+        "$name1 = $name2 $op $number\n$name3 = $name1 / ($name2 + $number)": 1,
+        "$name = ($name $op $name) $op $number": 2, "$name = round($name / $number.$number, 2)": 1,
+        "$name = abs($name - $number) % $number1": 1, "$name = $number.$number * $name": 2,
+        "$name = min(max($name, $number), $number)": 1, "$name = $name ** 2 + $name ** 2": 1,
+        "$name = $name // $number + $name % $number": 1, "$name = divmod($name, $number)": 1,
+        "$name, $name = divmod($name, $number)": 1, "$name = -$name": 1,
+        "$name = pow($name, $number)": 1, "$name = int($name * $number) / $number1": 1,
+        "$compound = $name $op $compound $op $number": 2,
+    },
+    "formatting": {
+        "print(f$q1$label: {$name:.2f} $unit$q1)": 2, "print(f$q1{$name:>$number} {$name}$q1)": 1,
+        "print($q1%s is %d $unit$q1 % ($name, $name))": 1, "$name = f$q1{$name}_{$name}.$extension$q1": 2,
+        "print($q1{}: {}$q1.format($name, $compound))": 1, "print($string, $name, sep=$q1, $q1)": 1,
+        "print($q1-$q1 * $number)": 1, "$name = str($name).zfill($number)": 1,
+        "$name = $string.join($collection)": 1, "print(f$q1{$name} $unit, {$compound} $unit$q1)": 2,
+    },
+    "lookup": {
+        "$name = $collection.get($word, $value)": 2, "$name = $collection[$word][$number]": 1,
+        "$name = $compound[$name]": 2, "$compound = $collection.index($name)": 1,
+        "$name = $collection.setdefault($word, [])": 1, "$name = $collection[$number:$number]": 1,
+        "$name = next(iter($collection), None)": 1, "$name = $collection[-$number]": 1,
+        "$name = {$word: $value, $word: $value}[$name]": 1, "$name = getattr($name, $word, None)": 1,
+        "$collection[$q1$field$q1] = $value": 2, "$name = $name1.$field + $name1.$compound": 1,
+        "$name = $noun.$field": 2, "del $collection[$word]": 1,
+    },
+    "settings": {
+        "$noun.$field = $value": 3, "$noun.$field = $noun.$compound": 1,
+        "$noun = $klassname($field=$value, $compound=$value)": 2,
+        "$noun = dict($field=$value, $field1=$value)": 1,
+        "$compound = {\n    $q1$field$q1: $value,\n    $q1$compound$q1: $value,\n}": 1,
+        "$compound = config.get($q1$field$q1, $value)": 1, "$compound = $value": 2,
+        "$compound = $name\n$compound = $number": 1, "os.environ[$q1$constant$q1] = $word": 1,
+    },
+    "klassname": {"$base": 1, "$base$base": 3},
+    "check": {
+        "assert $compound $compare $value": 1, "assert isinstance($name, $type), $string": 1,
+        "if isinstance($name, $type):\n    $body": 1, "if not isinstance($name, ($type, $type)):\n    $exit": 1,
+        "if $number < $compound <= $number:\n    $body": 1, "if $name in ($value, $value, $value):\n    $body": 1,
+        "if $compound is None:\n    $compound = $value": 2, "if any($item1 $compare $value for $item1 in $collection):\n    $body": 1,
+        "if all($item1.$field for $item1 in $collection):\n    $body": 1,
+        "if $noun.$field $compare $value:\n    $body": 2,
+    },
+    "state": {
+        "if $noun.status == $q1$state$q1:\n    $noun.status = $q1$state$q1": 2,
+        "$noun.status = $q1$state$q1 if $condition else $q1$state$q1": 1,
+        "state = {$q1$state$q1: $q1$state$q1, $q1$state$q1: $q1$state$q1}[state]": 1,
+        "while state != $q1$state$q1:\n    state = $function(state)": 1,
+        "if state == $q1$state$q1:\n    $body\nelif state == $q1$state$q1:\n    $body\nelse:\n    $exit": 1,
+    },
+    "constants": {
+        "$constant = $value": 2, "$constant = $number\n$constant = $word": 1,
+        "$constant = ($value, $value, $value)": 1, "$constant = $q1$noun.$extension$q1": 1,
+        "$constant = $number * $number": 1, "$constant = {$word, $word, $word}": 1,
+    },
+    "query": {
+        "$collection = [$item1.$field for $item1 in $collection if $item1.$field $compare $value]": 2,
+        "$collection = {$item1.$field: $item1 for $item1 in $collection}": 1,
+        "$compound = sum($item1.$field for $item1 in $collection)": 1,
+        "$compound = len({$item1.$field for $item1 in $collection})": 1,
+        "$compound = max($collection, key=lambda $letter1: $letter1.$field)": 1,
+        "$collection = sorted($collection, key=lambda $letter1: ($letter1.$field, $letter1.$compound))": 1,
+        "$collection = list(filter(None, $collection))": 1, "$name = $collection.count($value)": 1,
+        "$collection = [($item1, $item1.$compound) for $item1 in $collection]": 1,
+    },
+    "typed": {
+        "def $function($letter1: $hint, $letter2: $hint) -> $hint:\n    return $letter1 $op $letter2": 1,
+        "def $function($compound: $hint, $name: $hint = $number) -> $hint:\n    $idiom\n    return $name": 2,
+        "def $function($compound: $hint | None = None) -> None:\n    $idiom": 1,
+        "@property\ndef $field(self) -> $hint:\n    return self._$field": 1,
+    },
+    "generator": {
+        "def $function($collection1):\n    for $item1 in $collection1:\n        if $condition:\n            yield $item1": 1,
+        "def $function($letter1):\n    while $letter1 $compare $number:\n        yield $letter1\n        $letter1 += $number": 1,
+        "def $function($collection1, $name1=$number):\n    for $index1 in range(0, len($collection1), $name1):\n"
+        "        yield $collection1[$index1:$index1 + $name1]": 1,
+        "def $function($name1):\n    for $index1 in range($name1):\n        yield $index1 $op $number": 1,
+    },
+    "test": {
+        "def test_$function():\n    assert $function1($value) == $value": 1,
+        "def test_$compound():\n    $name1 = $function($value)\n    assert $name1 $compare $value": 1,
+        "def test_$function1():\n    $collection1 = [$value, $value]\n    assert $function1($collection1) == $nest": 1,
+        "def test_$compound():\n    $noun1 = $klassname($field=$value)\n    assert $noun1.$field == $value": 1,
+    },
+    "record": {
+        "class $klassname:\n    $field: $hint\n    $compound: $hint = $number": 1,
+        "@dataclass\nclass $klassname:\n    $field: $hint\n    $field1: $hint = $number\n    $compound: $hint | None = None": 2,
+        "$klassname = namedtuple($q1$base$q1, [$q1$field$q1, $q1$compound$q1])": 1,
+        "class $klassname(Exception):\n    pass": 1,
+        "class $klassname(Enum):\n    $constant = $number\n    $constant1 = $number": 1,
     },
     # pieces
     "return": {
@@ -316,7 +448,7 @@ GRAMMAR = {
     "main": {"if __name__ == $q1__main__$q1:\n    $body": 1},
     "piece": {
         "$define": 10, "$klass": 3, "$idiom": 3, "$idiom\n$idiom": 2, "$idiom\n$idiom\n$idiom": 2,
-        "$search": 2, "$recursion": 1,
+        "$search": 2, "$recursion": 1, "$typed": 1, "$generator": 1, "$test": 1, "$record": 1,
     },
 }
 
@@ -418,7 +550,14 @@ class Pen:
     # --- names and words
 
     def name(self) -> str:
-        return self.slot("variable" if self.chance(0.7) else "letter")
+        """Of a variable: mostly one of the program's few."""
+        u = self.random()
+        if u < 0.1:
+            return self.slot("compound")
+        return self.slot("variable" if u < 0.73 else "letter")
+
+    def nouns(self) -> str:
+        return self.slot("noun") + "s"
 
     def action(self) -> str:
         return self.slot("verb").capitalize()
@@ -720,16 +859,21 @@ def program(rng: random.Random) -> str:
     return re.sub(" +\n", "\n", text)  # of blank lines inside a block
 
 
+BLOCK = 64  # programs
+
+
+def block(seed: int, number: int) -> list[str]:
+    """The programs of one block, no two alike; the same for the same seed and number."""
+    rng = random.Random(f"{seed} {number}")
+    drawn = [program(rng) for _ in range(BLOCK)]
+    # a single short line is no program; a dict keeps the order
+    return [text for text in dict.fromkeys(drawn) if len(text) > 60]
+
+
 def programs(seed: int) -> Iterator[str]:
-    """Programs without end, no two alike; the same for the same seed."""
-    rng = random.Random(seed)
-    seen = set()
-    while True:
-        text = program(rng)
-        digest = blake2b(text.encode(), digest_size=16).digest()  # of millions of them
-        if digest not in seen and len(text) > 60:  # a single short line is no program
-            seen.add(digest)
-            yield text
+    """Programs without end, block by block."""
+    for number in count():
+        yield from block(seed, number)
 
 
 if __name__ == "__main__":

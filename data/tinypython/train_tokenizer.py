@@ -1,12 +1,12 @@
 """Trains the vocabulary: 2047 BPE tokens with the published pattern, half on idioms, half on code.
 
-tokenizer.tiktoken in this directory was made by this script with its defaults under Python 3.11;
-the same inputs (the idioms' seed and the standard library of that version) give the same bytes.
-Takes about half a minute.
+tokenizer.tiktoken in this directory was made by this script with its defaults under Python 3.11,
+from an earlier edition of the idioms. The same inputs (the idioms, their seed, and the standard
+library of that version) give the same bytes. Takes about half a minute.
 
     pip install -r requirements-extra.txt
     python data/tinypython/train_tokenizer.py [--out=tokenizer.tiktoken]
-                                              [--source=stdlib|installed|packages|DIR]
+                                              [--source=stdlib|installed|packages|FOLDER|FILE]
 """
 
 import base64
@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent.parent))  # run as a script, from wherever
 
 from config import as_script, bounded, die, parse, write_atomic  # noqa: E402
 from data.tinypython.idioms import programs  # noqa: E402
-from data.tinypython.prepare import read_source, real_code  # noqa: E402
+from data.tinypython.sources import check_source, chunks, documents_of  # noqa: E402
 from data.tinypython.tokenizer import DEFAULT, EOT_ID, PATTERN  # noqa: E402
 
 
@@ -73,8 +73,10 @@ def main(argv: list[str]) -> int:
             file.write(base64.b64encode(token) + b" %d\n" % rank)
 
     try:
-        files = read_source(cfg.source, HERE / "wheels")
-        code = first(real_code(files, Counter()), cfg.characters)
+        check_source(cfg.source)
+        work = chunks(cfg.source, HERE / "wheels")
+        documents = (text for chunk in work for text in documents_of(chunk, Counter()))
+        code = first(documents, cfg.characters)
         if not code:
             raise ValueError(
                 f"--source={cfg.source}: no Python file that parses; name another source"
