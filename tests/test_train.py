@@ -310,16 +310,20 @@ DYING = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch.distributed as dist
+import jobs
 import train
 from config import as_script, die
 
+jobs.PATIENCE = 1
 step, count = train.L0AdamW.step, 0
 
 def dies(self, closure=None):
     global count
     count += 1
     if count == 7 and dist.get_rank() == 1:
-        die("the memory of rank 1 is full") if os.environ["HOW"] == "die" else os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["HOW"] == "die":
+            die("the memory of rank 1 is full")
+        os.kill(os.getpid(), getattr(signal, os.environ["HOW"]))
     return step(self, closure)
 
 train.L0AdamW.step = dies
@@ -327,7 +331,7 @@ as_script(train.main, train.leave)
 """
 
 
-@pytest.mark.parametrize("how", ["die", "kill"])
+@pytest.mark.parametrize("how", ["die", "SIGKILL"])
 def test_a_rank_that_dies_ends_the_others_with_its_reason(data, tmp_path, how):
     (tmp_path / "dying.py").write_text(DYING)
     out = tmp_path / "run"
@@ -340,7 +344,8 @@ def test_a_rank_that_dies_ends_the_others_with_its_reason(data, tmp_path, how):
     said = [line for line in done.stderr.splitlines() if line.startswith("dying.py")]
     if how == "die":
         assert "dying.py, rank 1: the memory of rank 1 is full" in said
-    assert not any("Traceback" in line for line in done.stderr.split("torch.distributed.elastic")[0].splitlines())
+    assert "dying.py, rank 0: another process of this run has ended" in done.stderr
+    assert f'File "{ROOT}/train.py"' not in done.stderr  # the one traceback is torchrun's own
     assert state(out)["step"] == 5  # the last checkpoint is whole
     assert train.main(argv(data, out, max_steps=8, resume=True)) == 0
 
@@ -352,6 +357,24 @@ def test_gradient_accumulation_gives_the_losses_of_one_pass(data, straight, tmp_
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
         assert b["grad_rms"] == pytest.approx(a["grad_rms"], rel=1e-3)
         assert b["tokens"] == a["tokens"]
+
+
+def test_a_rank_that_waits_for_one_that_is_stuck_hears_a_signal_all_the_same(data, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    out = tmp_path / "run"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HOW": "SIGSTOP", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "x"}
+    command = [sys.executable, str(tmp_path / "dying.py"), str(ROOT), *argv(data, out, max_steps=100_000)]
+    ranks = [subprocess.Popen(command, env=env | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    try:
+        wait_for_step(ranks[0], out, 6)
+        time.sleep(1)  # it waits for the gradients of the other one
+        ranks[0].send_signal(signal.SIGTERM)
+        assert ranks[0].wait(timeout=20) == 1
+        assert "rank 0: another process of this run did not answer" in ranks[0].stderr.read()
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
