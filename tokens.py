@@ -225,7 +225,8 @@ def inputs_and_targets(
 def random_windows(
     path: str, vocab_size: int, block_size: int, n_tokens: int, seed: int, device: str = "cpu"
 ) -> Iterator[Tensor]:
-    """About `n_tokens` tokens of a file, or of its shards, as batches (up to 32, block_size) of ids, int64.
+    """About `n_tokens` tokens of a file, or of its shards, as batches of ids, (up to 32,
+    block_size) int64.
 
     Windows start anywhere and may overlap. ValueError as of `read_tokens`, and where the file is
     shorter than a window, or than the meta.json beside it says.

@@ -49,8 +49,8 @@ class TrainConfig:
     device: str = one_of("auto", "cpu", "cuda")
     dtype: str = one_of("float32", "bfloat16")  # autocast, with float32 weights and moments
     compile: bool = False
-    # the published family by its two numbers: width 256 * expansion, matrices at pfrac / expansion^2
-    # and embeddings at pfrac / expansion. 0 = by the settings below
+    # the published family by its two numbers: width 256 * expansion, matrices at
+    # pfrac / expansion^2 and embeddings at pfrac / expansion; 0 = by the settings below
     expansion: int = bounded(0, at_least=0)
     pfrac: float = bounded(0.0, at_least=0)
     # model (paper 2.1, A.1)
@@ -71,7 +71,7 @@ class TrainConfig:
     batch_size: int = bounded(32, at_least=1)  # sequences per step, over all processes
     grad_accum: int = bounded(1, at_least=1)   # micro-steps per step
     max_steps: int = bounded(1000, at_least=1)
-    # At the final density. While more weights are kept it is smaller: sqrt(density at the end / now)
+    # at the final density; while more is kept it is smaller, by sqrt(density at the end / now)
     lr: float = bounded(0.075, above=0)
     warmup: float = bounded(0.01, at_least=0, below=1)     # fraction of training
     # shares of the weights that are left at the end; 1 = dense
@@ -102,7 +102,7 @@ TINYPYTHON_VOCAB = 2048  # of our tokenizer and of the published models
 LARGEST_TABLE = 8192
 
 def of_the_family(cfg: TrainConfig) -> TrainConfig:
-    """With the widths and densities that `expansion` and `pfrac` stand for, where they are given."""
+    """With the widths and densities that `expansion` and `pfrac` stand for, where given."""
     if cfg.expansion == 0 and cfg.pfrac == 0:
         return cfg
     if cfg.expansion == 0 or not 0 < cfg.pfrac <= cfg.expansion:

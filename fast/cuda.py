@@ -6,8 +6,8 @@
   reads and no sort.
 
 Magnitudes order as the integers of the same bits do; a NaN comes out above all of them. Nothing
-here waits for the device. The tests run it by Triton's interpreter on a CPU; we have not yet run it
-on a GPU.
+here waits for the device. The tests run it by Triton's interpreter on a CPU, compile it for three
+generations of GPUs and, where there is a GPU, run it there; speeds are in docs/speed.md.
 """
 import torch
 import triton
@@ -17,13 +17,16 @@ from torch import Tensor
 WIDEST = 16384  # a row lies in one program's registers
 
 
-@triton.jit
+# rows and k may be anything: a kernel made anew for each that is 1 or divides by 16 gains nothing
+@triton.jit(do_not_specialize=["rows", "k"])
 def _abstopk(x, y, mask, stride, rows, n, k,
              BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row[:, None] < rows) & (column < n)
-    value = tl.load(x + row[:, None].to(tl.int64) * stride + column, mask=inside, other=0.0)
+    # one address a row and narrow offsets in it: wide ones for every entry would fill the registers
+    source = x + row.to(tl.int64) * stride
+    value = tl.load(source[:, None] + column, mask=inside, other=0.0)
     if BITS == 32:
         bits = value.to(tl.int32, bitcast=True)
     else:
@@ -39,9 +42,17 @@ def _abstopk(x, y, mask, stride, rows, n, k,
     # ties go to the lower channel, as far as there is room
     room = k - tl.sum(above.to(tl.int32), 1)
     kept = above | (at & (tl.cumsum(at.to(tl.int32), 1) <= room[:, None]))
-    to = row[:, None].to(tl.int64) * n + column
-    tl.store(y + to, tl.where(kept, value, 0.0), mask=inside)
-    tl.store(mask + to, kept, mask=inside)
+    start = row.to(tl.int64) * n
+    tl.store((y + start)[:, None] + column, tl.where(kept, value, 0.0), mask=inside)
+    tl.store((mask + start)[:, None] + column, kept, mask=inside)
+
+
+def shape_of(width: int) -> tuple[int, int]:
+    """Rows and warps of a program, for rows of a width that is a power of 2.
+
+    Four warps were the fastest at every width but the widest, which four cannot hold.
+    """
+    return max(1, 2048 // width), 16 if width == WIDEST else 4
 
 
 def abstopk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -53,9 +64,8 @@ def abstopk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not rows:
         return y, mask
     width = triton.next_power_of_2(n)
-    together = max(1, 2048 // width)  # rows of a program
+    together, warps = shape_of(width)
     programs = triton.cdiv(rows, together)
-    warps = min(16, max(4, width // 512))
     with torch.cuda.device_of(x):
         _abstopk[(programs,)](
             x, y, mask, x.stride(0), rows, n, k,

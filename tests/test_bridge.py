@@ -249,7 +249,7 @@ def pair(data, tmp_path_factory):
 
 def test_a_run_learns_and_logs_every_term_per_site_and_is_a_published_model(data, pair, tmp_path):
     out = tmp_path / "run"
-    options = dict(max_steps=120, eval_interval=120, lr=0.02, bridge_lr=0.005, density=0.5)
+    options = dict(max_steps=120, eval_interval=120, lr=0.03, bridge_lr=0.0075, density=0.5)
     assert bridge.main(argv(data, out, **pair.options, **options)) == 0
     first = log(out)[0]
     last = log(out)[-1]

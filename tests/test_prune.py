@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import prune
+from data import workers
 from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig, record
@@ -393,7 +394,7 @@ def everything(tmp_path, monkeypatch):
     """Runs --task=all on four toy tasks: two can be solved, one cannot, one has an answer of two tokens."""
     for module in ("tasks", "prune"):
         monkeypatch.setattr(f"{module}.TASKS", ALL)
-    monkeypatch.setattr(prune, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
     monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
     toy_setup(tmp_path, two_tasks_model())
 

@@ -1,5 +1,5 @@
-"""Token files that grow: shards of a limited size, files that are cut back to a checkpoint, and what
-a full scan of them finds.
+"""Token files that grow: shards of a limited size, files that are cut back to a checkpoint, and
+what a full scan of them finds.
 
 Everything is written in a folder of its own and moved to its place in the end, so that the data of
 before stay as they are until the new ones are whole.
