@@ -113,22 +113,28 @@ def end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # the step is finished and saved
 
 
-def catch_signals() -> list[int]:
-    """From now on Ctrl-C, SIGTERM and SIGHUP only append their number to this list."""
-    caught = []
+class Signals:
+    """What asked this process to end. A step is never broken off: the loop looks between steps."""
 
-    # a step is never broken off: the loop looks at the list between steps
-    def remember(number, frame):
-        caught.append(number)
+    def __init__(self):
+        self.caught = []                   # their numbers
+        self.answered = threading.Event()  # the processes have agreed to stop
 
+    def remember(self, number, frame) -> None:
+        self.caught.append(number)
+
+
+def catch_signals() -> Signals:
+    """From now on Ctrl-C, SIGTERM and SIGHUP are only remembered."""
+    signals = Signals()
     for sig in stop_signals():
-        signal.signal(sig, remember)
+        signal.signal(sig, signals.remember)
     if dist.is_initialized() and "TORCHELASTIC_RUN_ID" in os.environ:
-        listen_while_waiting()
-    return caught
+        listen_while_waiting(signals)
+    return signals
 
 
-def listen_while_waiting() -> None:
+def listen_while_waiting(signals: Signals) -> None:
     """Among several processes, one that waits for the answer of another runs no Python, and so
     hears no signal. A thread hears it, and ends the process before torchrun kills it mutely."""
     hears, told = os.pipe()
@@ -137,8 +143,9 @@ def listen_while_waiting() -> None:
 
     def listen() -> None:
         os.read(hears, 1)  # the number of a signal
-        time.sleep(PATIENCE)
-        end_without_others("did not answer for so long after a signal that this one ends, too")
+        if not signals.answered.wait(PATIENCE):
+            end_without_others("did not answer for so long after a signal that "
+                               "this one ends, too")
 
     threading.Thread(target=listen, daemon=True).start()
 
@@ -164,12 +171,14 @@ def others_may_die() -> Iterator[None]:
         end_without_others("has ended")
 
 
-def agree_to_stop(run: Run, caught: list[int]) -> int:
+def agree_to_stop(run: Run, signals: Signals) -> int:
     """The signal that any process has caught, 0 for none: all of them stop at the same step."""
-    stop = torch.tensor(caught[0] if caught else 0)
+    stop = torch.tensor(signals.caught[0] if signals.caught else 0)
     if run.world > 1:
         stop = stop.to(run.device)
         dist.all_reduce(stop, dist.ReduceOp.MAX)
+    if stop:
+        signals.answered.set()
     return int(stop)
 
 

@@ -410,7 +410,7 @@ def steps_from(start: int, run: Run, job: Job, saver: Saver) -> int:
     cfg = run.cfg
     say_what_starts(run, job)
     net = for_this_machine(run, job.net)
-    caught = catch_signals()
+    signals = catch_signals()
     step_tokens = cfg.batch_size * cfg.block_size
     # speed is measured since the last report, by a clock that nobody sets
     clock, clock_step = time.monotonic(), start
@@ -423,7 +423,7 @@ def steps_from(start: int, run: Run, job: Job, saver: Saver) -> int:
                               f"{measured['grad_rms']}: not finite")
 
         final = done == cfg.max_steps
-        stop = agree_to_stop(run, caught)
+        stop = agree_to_stop(run, signals)
         saving = done % cfg.save_interval == 0 or final or stop
         keeping = cfg.keep_every > 0 and done % cfg.keep_every == 0
         # what is saved must be sound: the loss was that of the weights before this step

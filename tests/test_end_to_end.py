@@ -29,10 +29,12 @@ from data.tinypython.prepare import PrepareConfig
 from data.tinypython.tokenizer import load_tokenizer
 from model import GPT
 from tools import tune
+from tools.bench_memory import MemoryConfig
 from tools.bench_model import BenchModelConfig
 from tools.inspect import InspectConfig
 from tools.planted import PlantedConfig
 from tools.published import PublishedConfig
+from tools.repeats import RepeatsConfig
 from toy import TOY, Digits, hand_made, toy_setup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -400,15 +402,17 @@ KINDS = {
     "validate.py": validate.ValidateConfig,
     "data/tinypython/prepare.py": PrepareConfig,
     "tools/bench.py": train.TrainConfig,
+    "tools/bench_memory.py": MemoryConfig,
     "tools/bench_model.py": BenchModelConfig,
     "tools/inspect.py": InspectConfig,
     "tools/planted.py": PlantedConfig,
     "tools/published.py": PublishedConfig,
+    "tools/repeats.py": RepeatsConfig,
     "tools/tune.py": tune.TuneConfig,
 }
 
 
-DOCS = ["README.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
+DOCS = ["README.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
 
 
 @pytest.mark.parametrize("page", DOCS)

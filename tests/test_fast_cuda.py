@@ -89,7 +89,7 @@ def compiled(kernel, types: str, constants: dict, capability: int, warps: int, t
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("width", [64, 1024, 4096, 8192, 16384])
 def test_abstopk_compiles_and_keeps_its_rows_in_registers(width, dtype, capability, tmp_path):
     pytest.importorskip("triton")

@@ -774,9 +774,12 @@ def test_bfloat16_changes_the_losses_a_little(data, straight, tmp_path):
 def test_a_compiled_run_compiles_once_and_gives_the_losses_of_a_plain_one(data, straight, tmp_path, monkeypatch):
     import torch._dynamo
     torch._dynamo.reset()  # what other tests compiled, under another number of threads
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # density and lr change at every step
     out = tmp_path / "run"
     assert train.main(argv(data, out, compile="true")) == 0
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for a, b in zip(log(straight), log(out), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=2e-3)
     assert weights(out).keys() == weights(straight).keys()

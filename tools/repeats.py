@@ -35,16 +35,27 @@ class Counter:
     def __init__(self, sample: int):
         self.sample = np.uint64(sample)
         self.known = np.empty(0, np.uint64)  # sorted
+        self.fresh = []  # still to be sorted in
+        self.n_fresh = 0
         self.total = 0
 
     def add(self, hashes: np.ndarray) -> None:
         hashes = hashes[mixed(hashes) % self.sample == 0]
         self.total += len(hashes)
-        self.known = np.union1d(self.known, hashes)
+        self.fresh.append(hashes)
+        self.n_fresh += len(hashes)
+        if self.n_fresh > len(self.known):  # seldom, because each time all are sorted
+            self.sort_in()
+
+    def sort_in(self) -> None:
+        self.known = np.union1d(self.known, np.concatenate([*self.fresh, self.known[:0]]))
+        self.fresh = []
+        self.n_fresh = 0
 
     @property
     def share(self) -> float:
         """Of all, those that were not the first of their kind."""
+        self.sort_in()
         return 1 - len(self.known) / max(1, self.total)
 
 
