@@ -365,7 +365,9 @@ def restore(run: Run, job: Job) -> int:
         for group, fresh in zip(job.optimizer.param_groups, settings):
             group.update(fresh)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        die(f"{run.cfg.out_dir}/state.pt does not fit this model: {e}")
+        reason = str(e).splitlines()[0]
+        die(f"{run.cfg.out_dir}/state.pt does not fit this model ({reason}); it may be of an older "
+            "version: start anew in another --out_dir")
     run.say(f"resuming {run.cfg.out_dir} at step {state['step']}")
     return state["step"]
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokens import (check_tokenizer, fingerprint, inputs_and_targets, random_windows, read_data, read_tokens,
-                    window_of)
+from tokens import (Tokens, bigram_log_probs, check_tokenizer, count_bigrams, fingerprint, inputs_and_targets,
+                    random_windows, read_bigrams, read_data, read_tokens, window_of)
 
 IDS = np.arange(1000) % 50
 
@@ -130,3 +130,100 @@ def test_a_sample_is_not_drawn_from_a_file_that_was_cut_off(tmp_path):
     put(path, IDS[:500])
     with pytest.raises(ValueError, match="holds 500 uint16 tokens, but meta.json says 1000"):
         next(random_windows(path, 50, 10, 100, 0))
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+def shards(path, cuts=(0, 300, 700, 1000), ids=IDS):
+    """A folder whose train is in pieces, as prepare.py describes them."""
+    where = folder(path)
+    (path / "train.bin").unlink()
+    described = []
+    for i, (a, b) in enumerate(zip(cuts, cuts[1:])):
+        put(path / f"train.{i:04}.bin", ids[a:b])
+        described.append({"file": f"train.{i:04}.bin", "tokens": b - a, "fingerprint": fingerprint(ids[a:b].astype("<u2")),
+                          "largest_id": int(ids[a:b].max())})
+    np.save(path / "bigrams.npy", count_bigrams(ids, 50))
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"shards": {"train": described}, "bigrams": "bigrams.npy"}))
+    return where
+
+
+def test_shards_are_read_as_one(tmp_path):
+    train, _, meta = read_data(shards(tmp_path), 16)
+    assert len(train) == 1000 and (train[:] == IDS).all()
+    for a in range(0, 1000, 7):
+        for n in (1, 17, 450):  # inside a shard, across one border, across two
+            assert (train[a : a + n] == IDS[a : a + n]).all() and len(train[a : a + n]) == min(n, 1000 - a)
+    assert len(train[1000:]) == len(train[5:5]) == 0
+    assert fingerprint(train) == fingerprint(IDS.astype("<u2"))
+    x, y = inputs_and_targets(train, np.array([290, 690]), 20, "cpu")
+    assert (y == (x + 1) % 50).all()
+    windows = list(random_windows(f"{tmp_path}/train.bin", 50, 10, 700, 0))  # by the name of the whole
+    assert all(((w[:, 1:] - w[:, :-1]) % 50 == 1).all() for w in windows)
+    assert (read_bigrams(str(tmp_path), meta) == count_bigrams(train, 50)).all()
+
+
+def test_counts_that_are_there_give_the_same_probabilities(tmp_path):
+    train, _, meta = read_data(shards(tmp_path), 16)
+    assert torch.equal(bigram_log_probs(train, 50, read_bigrams(str(tmp_path), meta)), bigram_log_probs(train, 50))
+
+
+def test_what_prepare_found_is_not_looked_for_again(tmp_path, monkeypatch):
+    where = shards(tmp_path)
+    monkeypatch.setattr("tokens.count_bigrams", None)
+    monkeypatch.setattr("tokens.largest_id", lambda ids: 49 if len(ids) == 1000 else None)  # of val.bin, a single file
+    train, _, meta = read_data(where, 16)
+    bigram_log_probs(train, 50, read_bigrams(where, meta))
+
+
+def another_seed(path):
+    put(path / "train.0001.bin", (IDS[300:700] + 1) % 50)
+
+
+def past_the_vocabulary(path):
+    meta = json.loads((path / "meta.json").read_text())
+    meta["shards"]["train"][1]["largest_id"] = 50
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+def described_badly(path):
+    meta = json.loads((path / "meta.json").read_text())
+    del meta["shards"]["train"][1]["tokens"]
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda p: (p / "train.0001.bin").unlink(), "train.0001.bin is missing"),
+    (lambda p: put(p / "train.0001.bin", IDS[300:699]), "train.0001.bin holds 399 .* 400"),
+    (lambda p: (p / "train.0001.bin").write_bytes(b"abc"), "odd size"),
+    (another_seed, "train.0001.bin is not the file that meta.json describes"),
+    (lambda p: (p / "train.0001.bin").rename(p / "train.0002.bin"), "train.0001.bin is missing"),
+    (past_the_vocabulary, "train.0001.bin holds token id 50"),
+    (described_badly, "meta.json is unusable"),
+], ids=["missing", "cut", "odd", "another seed", "misnamed", "another tokenizer", "badly described"])
+def test_a_shard_that_is_not_what_it_should_be_is_one_line_that_names_it(tmp_path, spoil, said):
+    where = shards(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=said) as e:
+        read_data(where, 16)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda p: (p / "bigrams.npy").unlink(), lambda p: (p / "bigrams.npy").write_bytes(b"\x93NUMPY"),
+    lambda p: np.save(p / "bigrams.npy", np.zeros((50, 50), np.int64)),
+    lambda p: np.save(p / "bigrams.npy", np.zeros((3, 3), np.int64)),
+], ids=["missing", "cut", "of other data", "of another vocabulary"])
+def test_bigram_counts_that_are_not_of_these_data_are_refused(tmp_path, spoil):
+    where = shards(tmp_path)
+    spoil(tmp_path)
+    _, _, meta = read_data(where, 16)
+    with pytest.raises(ValueError, match="bigrams.npy .*prepare.py") as e:
+        read_bigrams(where, meta)
+    assert "\n" not in str(e.value)
+
+
+def test_gaps_are_not_read():
+    with pytest.raises(ValueError, match="without gaps"):
+        Tokens([IDS])[::2]
