@@ -76,9 +76,10 @@ def test_the_paper_scale_configs_are_the_published_models():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_predicted_memory_is_within_a_tenth_of_the_measured(checkpointing):
-    train_cfg = bench_memory.settings(bench_memory.MemoryConfig(device="cpu"), (3, 256, 16), checkpointing)
-    assert bench_memory.predicted(train_cfg) == pytest.approx(bench_memory.measured(train_cfg), rel=0.1)
+@pytest.mark.parametrize("size", [(3, 256, 8), (1, 128, 16)], ids=["mostly sublayers", "mostly logits"])
+def test_the_predicted_memory_is_near_the_measured(size, checkpointing):
+    cfg = bench_memory.settings(bench_memory.MemoryConfig(device="cpu"), size, checkpointing)
+    assert bench_memory.predicted(cfg) == pytest.approx(bench_memory.measured(cfg), rel=0.06)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
