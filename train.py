@@ -65,7 +65,8 @@ class TrainConfig:
     sink: bool = True
     positions: str = one_of("none", "added", "concat")  # concat: d_pos_emb channels at each read
     d_pos_emb: int = 16
-    bigram: str = one_of("learned", "none", "counts")  # learned from zero, or counted and fixed
+    # learned from zero; or counted on the data, and then fixed or learned further
+    bigram: str = one_of("learned", "none", "counts", "refined")
     grad_checkpointing: bool = False
     # optimizer (paper A.2)
     batch_size: int = bounded(32, at_least=1)  # sequences per step, over all processes
@@ -97,6 +98,7 @@ class TrainConfig:
 
 
 CPP_COMPILERS = ("g++", "clang++", "c++")  # what torch.compile looks for
+COUNTED = ("counts", "refined")  # bigram tables that start from the data's counts
 TINYPYTHON_VOCAB = 2048  # of our tokenizer and of the published models
 # Above so many tokens the counted bigram table takes gigabytes: evaluation then does without.
 LARGEST_TABLE = 8192
@@ -140,8 +142,8 @@ def begin(cfg: TrainConfig) -> Run:
         counts = read_bigrams(cfg.data_dir, meta)  # None where they are still to be counted
     except ValueError as e:
         die(e)
-    if cfg.bigram == "counts" and meta["vocab_size"] > LARGEST_TABLE:
-        die(f"bigram=counts is for at most {LARGEST_TABLE} tokens, and the data have "
+    if cfg.bigram in COUNTED and meta["vocab_size"] > LARGEST_TABLE:
+        die(f"bigram={cfg.bigram} is for at most {LARGEST_TABLE} tokens, and the data have "
             f"{meta['vocab_size']}; use --bigram=none")
     if cfg.compile and device == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
         die("compile=true needs a C++ compiler; install g++ or clang++, or use --compile=false")
@@ -173,7 +175,8 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
         n_head=cfg.n_head or cfg.d_model // cfg.d_head, d_head=cfg.d_head, d_mlp=cfg.d_mlp or None,
         afrac=cfg.afrac or None, afrac_loctypes=cfg.afrac_loctypes,
         d_pos_emb=cfg.d_pos_emb if cfg.positions == "concat" else None,
-        enable_bigram_table=cfg.bigram != "none", learnable_bigram_table=cfg.bigram == "learned",
+        enable_bigram_table=cfg.bigram != "none",
+        learnable_bigram_table=cfg.bigram in ("learned", "refined"),
         rms_norm=True, tied_unembed=False, sink=cfg.sink, grad_checkpointing=cfg.grad_checkpointing)
 
 
@@ -184,8 +187,8 @@ def new_model(run: Run) -> GPT:
     except ValueError as e:
         die(e)
     model = GPT(config).to(run.device)
-    if run.cfg.bigram == "counts":
-        model.bigram_table.copy_(run.bigram)
+    if run.cfg.bigram in COUNTED:
+        model.bigram_table.data.copy_(run.bigram)
     if run.cfg.positions == "none":  # the published format always has the table; zeros add nothing
         model.transformer.wpe.weight.requires_grad_(False).zero_()
     return model
@@ -303,7 +306,24 @@ def for_this_machine(run: Run, net: nn.Module) -> nn.Module:
     if run.world > 1:
         ids = [torch.cuda.current_device()] if run.device == "cuda" else None
         net = DistributedDataParallel(net, device_ids=ids)
+        settle_buckets(run, net)
     return net
+
+
+def settle_buckets(run: Run, net: DistributedDataParallel) -> None:
+    """One pass whose gradients nobody uses.
+
+    DistributedDataParallel sorts gradients into other buckets after its first backward pass, and
+    from then on three processes or more add them up in another order. So the first step of a
+    resumed run would round otherwise than the same step of the run that never stopped.
+    """
+    cfg = run.cfg
+    starts = np.zeros(cfg.batch_size // (run.world * cfg.grad_accum), dtype=np.int64)
+    x, y = inputs_and_targets(run.train, starts, cfg.block_size, run.device)
+    with autocast(cfg, run.device):
+        _, loss = net(x, y)
+    loss.backward()
+    net.zero_grad(set_to_none=True)
 
 
 def forward_backward(run: Run, net: nn.Module, step: int) -> tuple[Tensor, object]:

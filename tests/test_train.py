@@ -306,6 +306,48 @@ def test_two_processes_have_the_losses_of_one_the_same_weights_and_stop_together
                 assert b[key] == pytest.approx(a[key], abs=1e-5)
 
 
+SEVERAL = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+import torch.distributed as dist
+import train
+
+torch.set_num_threads(1)
+step, count = train.L0AdamW.step, 0
+
+def stopped(self, closure=None):
+    global count
+    count += 1
+    if count == 4 and dist.get_rank() == 0 and stopping:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, closure)
+
+train.L0AdamW.step = stopped
+meet = train.meet
+train.meet = lambda backend: dist.is_initialized() or meet(backend)  # once for all three runs
+folder, *rest = sys.argv[1:]
+for name, stopping, more in (("straight", False, ""), ("stopped", True, ""), ("stopped", False, "--resume=true")):
+    count = 0
+    code = train.main([f"--out_dir={folder}/{name}", *rest, *more.split()])
+    assert code == (143 if stopping else 0), code
+    dist.barrier()
+train.leave(0)
+"""
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_a_run_of_several_processes_that_was_stopped_goes_on_to_the_same_bits(data, tmp_path, n):
+    (tmp_path / "several.py").write_text(SEVERAL)
+    args = [a for a in argv(data, tmp_path, max_steps=8, batch_size=12, d_model=64, n_layer=2) if not a.startswith("--out_dir")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master-addr=127.0.0.1", f"--master-port={free_port()}",
+         str(tmp_path / "several.py"), str(ROOT), str(tmp_path), *args], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "arning" not in done.stderr.replace("torch.jit.script_method", "")
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
 DYING = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
