@@ -1,7 +1,7 @@
 """What a circuit is: some nodes and edges of a model, the model run on those alone, and the file.
 
 - `ablate(gates, constants)`: a node function that holds the other nodes at constants (paper A.5);
-  `inverse`: these nodes.
+  `inverse`: these nodes. What is held where, and what varies: docs/ablation.md.
 - `without_edges`: a model less some weights, whose mean contribution moves into the biases.
 - `drop_unconnected`, `edges_of`, `count`: paths, edges and sizes (paper 2.2, Fig. 12).
 - `content_of`: a circuit measured on held-out pairs and described, as its file has it.
@@ -56,13 +56,28 @@ def count(chosen: Nodes | Edges) -> int:
 
 # --- running a model with nodes replaced -----------------------------------------------------
 
+def held_at(site: str) -> str:
+    """Where the forward pass holds a node of `site` that is not in the circuit: a value where its
+    head has gathered it, any other node at its own site.
+
+    A value that was held before the attention would go on moving with it: a sink takes the less the
+    more tokens there are, so that the head would count positions without a node or an edge.
+    """
+    return f"{site[:-1]}y" if site.endswith("attn.v") else site
+
+
 def ablate(gates: Nodes, constants: Nodes):
-    """A node function: gate * x + (1 - gate) * constant at every site of `gates` (paper A.5).
+    """A node function: gate * x + (1 - gate) * constant for every site of `gates` (paper A.5), where
+    `held_at` says.
 
     Mean ablation: the constants are each node's mean over the data, `prune.node_means`.
     """
+    held = {held_at(site): site for site in gates}
+
     def node(site: str, x: Tensor) -> Tensor:
-        return gated(x, gates[site], constants[site]) if site in gates else x
+        if site not in held:
+            return x
+        return gated(x, gates[held[site]], constants[held[site]])
     return node
 
 
@@ -214,8 +229,7 @@ class Cut(nn.Module):
 def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
     """The model in which the circuit runs: `model`, in other modules, less the weights between two
     nodes of the circuit that are no edges of it. Each then contributes weight * constant, as if its
-    source were ablated for this one target (of a value behind a sink, as if no attention went to
-    it)."""
+    source were ablated for this one target."""
     mask, edges = circuit.mask, circuit.edges
     graph = graph_of(model)
     reduced = twin(model)
@@ -251,7 +265,8 @@ def drop_unconnected(model: GPT, mask: Nodes, answers: Sequence[int],
 
     Steps of a path: embedding -> read of a channel that it fills; the nonzero weights between nodes
     (of these, `edges`); write -> any later read of the same channel; write -> an answer's
-    unembedding entry; and a query or key -> the values of its head.
+    unembedding entry; and a query or key -> the values of its head. Behind a sink a value is a
+    start as well: what its head gathers grows with the tokens that it can look at.
     """
     return _needed(model, _reached(model, mask, edges), answers, edges)
 
@@ -285,10 +300,9 @@ def _reached(model: GPT, mask: Nodes, edges: Edges | None) -> Nodes:
         if edges is not None:
             carries = carries & edges[a, site]
         live[site] = mask[site] & _marked(len(mask[site]), wires[a, site].to, carries)
-        if site.endswith("attn.v"):
-            # a constant value moves too where queries or keys steer its attention
-            queries_or_keys = live[site[:-1] + "q"] | live[site[:-1] + "k"]
-            live[site] = live[site] | (mask[site] & heads_with(model, queries_or_keys))
+        if site.endswith("attn.v") and model.config.sink:
+            # whatever the value is; without a sink, what is gathered of a constant is that constant
+            live[site] = mask[site]
         if site.endswith("resid_delta"):
             filled = filled | live[site]  # for all later reads
     return live
@@ -372,7 +386,7 @@ def content_of(found: Found) -> dict:
         "edges": edges,
         **stream_ends(model, circuit.mask, found.heldout.ids, answers, found.tokenizer),
         "heads": heads_of(model, circuit.mask),
-        # what ablated nodes are held at, at every site, by whatever ablation
+        # what ablated nodes are held at, at every site, by whatever ablation; of values, `held_at`
         "means": {s: [round(x, 6) for x in c.tolist()] for s, c in found.constants.items()},
         "n_nodes": count(circuit.mask), "n_edges": len(edges),
         "validation": {  # validate.py adds to it
@@ -470,7 +484,7 @@ def examples(found: Found, reduced: GPT, kept: Tensor, unpruned: Tensor, n: int 
 
 # --- its file --------------------------------------------------------------------------------
 
-FORMAT = "sparse-circuit-1"  # to be changed with what the keys below mean
+FORMAT = "sparse-circuit-2"  # to be changed with what the keys below mean; 1 held values themselves
 FINAL = "final_resid"  # the last stream: no node here, but published circuits name channels of it
 NUMBER = (int, float, type(None))  # None: what JSON has no number for, such as an infinite loss
 # Every key that some reader relies on, and its type.

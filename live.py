@@ -66,12 +66,12 @@ class Contest:
 
     def __call__(self, x: Tensor, kind: Tensor | None = None,
                  scale: Tensor | None = None) -> Tensor:
-        """Which of the channels that vary, (v, B, T), are kept. kind (B, T), or None: one for each
-        position, or the same for all. scale (B, T): of the others."""
+        """Which of the channels that vary, (v, B, T), are kept. kind (B, T), or None where there is
+        only one. scale (B, T): of the others."""
         B, T = x.shape[1:]
         if kind is None:
-            table = self.table[:T].expand(B, T, -1)
-            place = self.place[:T].expand(B, T, -1)
+            table = self.table.expand(B, T, -1)
+            place = self.place.expand(B, T, -1)
         else:
             table = self.table[kind] * scale.unsqueeze(-1)
             place = self.place[kind]
@@ -136,8 +136,8 @@ class LiveMap:
     def __init__(self, wires: Wires, chosen: Tensor, given: Tensor, live: Tensor, still: Tensor,
                  act: Callable | None, k: int | None):
         """chosen (n,), given (in,), live (out,): bool; chosen: the weights from what is given.
-        still (T or 1, out): the outputs where that is all zero, at each position or at any.
-        act: the activation; k: of the AbsTopK, or None."""
+        still (out,): the outputs where that is all zero. act: the activation; k: of the AbsTopK, or
+        None."""
         varies = live
         if k is not None:  # outputs that vary compete with the live ones
             varies = live.index_put((wires.to[chosen],), torch.ones_like(live[:1]))
@@ -147,16 +147,17 @@ class LiveMap:
         shape = int(varies.sum()), int(given.sum())
         self.matrix = sparse_matrix(Wires(column, row, wires.weight[chosen]), shape)
         channels = varies.nonzero().flatten()
-        self.still = still[:, channels].T.unsqueeze(1)  # (v, 1, T or 1)
+        self.still = still[channels, None, None]  # (v, 1, 1)
         self.live = live[channels].nonzero().flatten()
         self.act = act
         self.contest = None
         if k is not None and k < len(live):
+            still = still.unsqueeze(0)  # one kind of token
             self.contest = Contest(still if act is None else act(still), channels, k)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = (self.matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
-        y += self.still[:, :, : x.shape[2]]
+        y += self.still
         if self.act is not None:
             y = self.act(y)
         lives = y[self.live]
@@ -173,6 +174,7 @@ class LiveAttention:
         """into, constants, live: of queries, keys and values, of the heads that are left. into:
         None where all are constant; live: which are not. sink: (heads,)."""
         self.parts = list(zip(into, constants, live))
+        self.values = live[-1]  # the others are held where they were gathered: `out` knows them
         self.out = out
         self.sink = sink
         self.d_head = d_head
@@ -189,7 +191,7 @@ class LiveAttention:
             y = F.scaled_dot_product_attention(*qkv, is_causal=True)
         else:
             y = sink_attention(*qkv, self.sink)
-        return self.out(y.permute(1, 3, 0, 2).flatten(0, 1))
+        return self.out(y.permute(1, 3, 0, 2).flatten(0, 1)[self.values])
 
 
 class LiveMLP:
@@ -244,19 +246,12 @@ class Live:
                     shape = c.site_width(ends[1]), c.site_width(ends[0])
                     self.matrices[ends] = sparse_matrix(self.wires[ends], shape)
                     self.biases[ends] = 0 if bias is None else bias.chunk(len(targets))[z]
-        # what the heads gather of constants, (T, width): a sink takes the less the later it is
-        self.gathered = [self._gathered(i, T) for i in range(c.n_layer)]
 
     def kind_of(self, ids: Tensor) -> Tensor:
         """A number for each kind of token (B, T)."""
         if not self.placed:
             return ids
         return ids + self.model.config.vocab_size * torch.arange(ids.shape[1], device=ids.device)
-
-    def _gathered(self, layer: int, T: int) -> Tensor:
-        attn = self.model.transformer.h[layer].attn
-        rows = [self.constants[f"{layer}.attn.{z}"].expand(1, T, -1) for z in "qkv"]
-        return attn.attend(*[attn.by_head(row) for row in rows]).transpose(1, 2).flatten(2)[0]
 
     # --- preparing a circuit -----------------------------------------------------------------
 
@@ -288,10 +283,9 @@ class Live:
             return LiveMLP(self._map(read, inner[0], mask, edges),
                            self._map(inner[0], write, mask, edges))
 
-        # with a sink even a constant value varies, where queries or keys do
+        # a head without a value in the circuit writes a constant, wherever it looks
         c = self.model.config
-        varies = torch.stack([mask[site] for site in inner]).any(0)
-        heads = varies.view(c.n_head, c.d_head).any(1)
+        heads = mask[inner[2]].view(c.n_head, c.d_head).any(1)
         channels = heads.repeat_interleave(c.d_head)
         sinks = self.model.transformer.h[i // 2].attn.attn_imp
         return LiveAttention(
@@ -299,21 +293,19 @@ class Live:
                   for site in inner],
             constants=[self.constants[site][channels] for site in inner],
             live=[mask[site][channels] for site in inner],
-            out=self._map(inner[2], write, mask, edges, channels, self.gathered[i // 2]),
+            out=self._map(inner[2], write, mask, edges),
             sink=None if sinks is None else sinks.sink_logit[heads],
             d_head=c.d_head)
 
-    def _map(self, a: str, b: str, mask: Nodes, edges: Edges, given: Tensor | None = None,
-             others: Tensor | None = None) -> LiveMap:
-        """The map from site a to site b. given (in,): which inputs vary, others (T, in): what the
-        rest are; None: as nodes and constants of the circuit say."""
-        given = mask[a] if given is None else given
-        others = self.constants[a][None] if others is None else others
+    def _map(self, a: str, b: str, mask: Nodes, edges: Edges) -> LiveMap:
+        """The map from site a to site b, of whose inputs those of the circuit vary."""
+        given = mask[a]
         wires = self.wires[a, b]
-        cut = mask[a][wires.source] & mask[b][wires.to] & ~edges[a, b]
-        still = (self.matrices[a, b] @ others.masked_fill(given, 0).T).T + self.biases[a, b]
-        brought = wires.weight[cut] * self.constants[a][wires.source[cut]]
-        still = still + torch.zeros_like(still[0]).index_add_(0, wires.to[cut], brought)
+        cut = given[wires.source] & mask[b][wires.to] & ~edges[a, b]
+        constants = self.constants[a]
+        still = self.matrices[a, b] @ constants.masked_fill(given, 0) + self.biases[a, b]
+        brought = wires.weight[cut] * constants[wires.source[cut]]
+        still = still.index_add(0, wires.to[cut], brought)
         layer, place = b.split(".", 1)
         act = self.model.transformer.h[int(layer)].mlp.act if place == "mlp.post_act" else None
         return LiveMap(wires, given[wires.source] & ~cut, given, mask[b], still, act, self._k(b))

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from circuit import (Circuit, Edges, Nodes, ablate, between, drop_unconnected, heads_with, inverse,
+from circuit import (Circuit, Edges, Nodes, ablate, between, drop_unconnected, inverse,
                      without_edges)
 from live import Live, Ready, serves
 from model import GPT
@@ -144,23 +144,6 @@ def without(circuit: Circuit, *parts: tuple) -> tuple[Nodes, Edges]:
 
 
 # --- leaving out what is not needed ----------------------------------------------------------
-
-def with_values(search: Search, circuit: Circuit, target: float) -> Circuit:
-    """The circuit with all values of its heads, as long as it then meets `target`; else itself.
-
-    A value held at its mean moves all the same where the attention of its head does. To a mask that
-    is learnt it is worth nothing, for its gate changes nothing; but without it the rest needs
-    another path, of nodes that do nothing else. Minimising leaves the others out again.
-    """
-    model = search.model
-    mask = dict(circuit.mask)
-    for site in model.sites:
-        if site.endswith("attn.v"):
-            asked = mask[site[:-1] + "q"] | mask[site[:-1] + "k"]
-            mask[site] = mask[site] | heads_with(model, asked)
-    wider = search.fit(mask, between(model, mask), target)
-    return wider if wider.loss <= target else circuit
-
 
 def minimise(search: Search, circuit: Circuit, target: float, say=print,
              necessity: float = 0.0) -> Circuit:

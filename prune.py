@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuit import (Circuit, Found, Nodes, ablate, all_edges, content_of, drop_unconnected,
+from circuit import (Circuit, Found, Nodes, ablate, all_edges, content_of, drop_unconnected, held_at,
                      read_circuit, run_to_last, write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from data.workers import begin_worker, worker_pool
-from minimise import Search, minimise, with_values
+from minimise import Search, minimise
 from model import GPT, config_of, device_of, weights_hash
 from tasks import (TASKS, Pairs, Task, answer_ids, batches_of, calibrate, calibrated,
                    load_model, load_pairs, loss_of, margins, rows_at_once, task_loss, task_of)
@@ -85,16 +85,18 @@ class PruneConfig:
 def node_means(model: GPT, path: str, tokens: int, seed: int,
                sites: list[str] | None = None, window: int = 0) -> Nodes:
     """Mean activation of every node, (width,) a site, over about `tokens` tokens of the pretraining
-    file `path` (paper A.5), `window` of them at a time (0: block_size); or of `sites`. ValueError
-    where that is no data for this model."""
+    file `path` (paper A.5), `window` of them at a time (0: block_size); or of `sites`. Of a value:
+    of what its head gathered of it, for there it is held. ValueError where that is no data for this
+    model."""
     sites = model.sites if sites is None else sites
-    sums = {}
+    sums = {held_at(site): 0 for site in sites}
     n = 0
 
     def add(site: str, x: Tensor) -> Tensor:
-        # double: float32 would lose digits over so many tokens; few at a time, for it is a copy
-        for rows in x.flatten(0, 1).split(256):
-            sums[site] = sums.get(site, 0) + rows.double().sum(0)
+        if site in sums:
+            # double: float32 would lose digits over so many tokens; few at a time, for it is a copy
+            for rows in x.flatten(0, 1).split(256):
+                sums[site] = sums[site] + rows.double().sum(0)
         return x
 
     c = model.config
@@ -103,7 +105,7 @@ def node_means(model: GPT, path: str, tokens: int, seed: int,
         for part in ids.split(rows_at_once(model, ids.shape[1])):
             model.run(model.embed(part), nodes=add)
         n += ids.numel()
-    return {site: (sums[site] / n).float() for site in sites}
+    return {site: (sums[held_at(site)] / n).float() for site in sites}
 
 
 def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
@@ -347,8 +349,7 @@ def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig,
         size = f"{circuit.size[0]} nodes, {circuit.size[1]} edges"
         say(f"  {size}: loss {circuit.loss:.3f}, target {target}")
         if cfg.minimal and circuit.loss <= aim:
-            wider = with_values(search, circuit, aim)
-            smaller = minimise(search, wider, aim, say, cfg.necessity)
+            smaller = minimise(search, circuit, aim, say, cfg.necessity)
             circuit = replace(smaller, before=circuit.size)
         yield circuit
 

@@ -32,8 +32,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import (FINAL, Circuit, Nodes, ablate, alone, circuit_of, inverse, read_circuit,
-                     twin, without_edges, write_circuit)
+from circuit import (FINAL, Circuit, Nodes, ablate, alone, circuit_of, held_at, inverse,
+                     read_circuit, twin, without_edges, write_circuit)
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
@@ -129,7 +129,8 @@ def zero_ablation(case: Case) -> dict:
 @torch.no_grad()
 def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
     """Every node's activations (about n, width) at random positions of a file of tokens, `window`
-    of them at a time (0: block_size); a row is the same position at every site."""
+    of them at a time (0: block_size), where nodes are held; a row is the same position at every
+    site."""
     config = model.config
     T = window or config.block_size
     n_windows = max(1, n // PER_WINDOW)
@@ -141,9 +142,11 @@ def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
             for site in model.sites}
     bank[FINAL] = torch.empty(n_rows, config.d_model, device=device)  # published circuits name it
 
+    held = {held_at(site): site for site in bank}
+
     def keep(site: str, x: Tensor) -> Tensor:
-        if site in bank:  # picked at once: whole windows would take many times the memory
-            bank[site][place] = x[row, position]
+        if site in held:  # picked at once: whole windows would take many times the memory
+            bank[held[site]][place] = x[row, position]
         return x
 
     first = 0
@@ -161,11 +164,13 @@ def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
 def resampled(case: Case, bank: Nodes, generator: torch.Generator, pairs: Pairs) -> Tensor:
     """Margins (2n,) where at each token of each prompt all pruned nodes take their values at one
     random row of `bank`."""
-    mask = case.circuit.mask
+    held = {held_at(site): site for site in case.circuit.mask}
     n_rows = len(next(iter(bank.values())))
 
     def node(site: str, x: Tensor) -> Tensor:
-        return torch.where(mask[site], x, bank[site][rows]) if site in mask else x
+        if site not in held:
+            return x
+        return torch.where(case.circuit.mask[held[site]], x, bank[held[site]][rows])
 
     out = []
     for part in fitting_batches(case.model, pairs):

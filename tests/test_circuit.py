@@ -96,7 +96,7 @@ def test_a_shift_moves_the_two_prompts_of_a_pair_apart():
 def connected(model, mask, answers, edges=None):
     """Nodes on a path from the tokens to the answers, by plain graph search over named vertices."""
     edges = dense(model, edges or all_edges(model))
-    c, forward = model.config, defaultdict(set)
+    c, forward, steers = model.config, defaultdict(set), defaultdict(set)
     link = lambda a, b: forward[a].add(b)
     stream = [f"{i}.{p}" for i in range(c.n_layer) for p in ("attn", "mlp")]
     on = lambda site, i: bool(mask[site][i])
@@ -119,54 +119,75 @@ def connected(model, mask, answers, edges=None):
             for i, j in (w != 0).nonzero().tolist():
                 if edges[f"{l}.{start}", f"{l}.{to}"][i, j] and on(f"{l}.{start}", j) and on(f"{l}.{to}", i):
                     link((f"{l}.{start}", j), (f"{l}.{to}", i))
-        for z in "qk":
-            for i in range(width):
-                for j in range(width):
+        for j in range(width):
+            if c.sink and on(f"{l}.attn.v", j):
+                link(("tokens",), (f"{l}.attn.v", j))  # the sink leaves it the more, the more tokens there are
+            for z in "qk":
+                for i in range(width):
                     if i // c.d_head == j // c.d_head and on(f"{l}.attn.{z}", i) and on(f"{l}.attn.v", j):
-                        link((f"{l}.attn.{z}", i), (f"{l}.attn.v", j))
+                        steers[(f"{l}.attn.v", j)].add((f"{l}.attn.{z}", i))
 
-    def closure(start, edges):
+    def closure(start, edges, among=None):
         seen, todo = {start}, [start]
         while todo:
             new = edges[todo.pop()] - seen
+            new = new if among is None else new & among
             seen |= new
             todo += new
         return seen
 
+    live = closure(("tokens",), forward)
     backward = defaultdict(set)
+    for b, qks in steers.items():
+        backward[b] |= qks
     for a, bs in list(forward.items()):
         for b in bs:
             backward[b].add(a)
-    both = closure(("tokens",), forward) & closure(("logits",), backward)
-    return {n for n in both if len(n) == 2}
+    return {n for n in closure(("logits",), backward, live) if len(n) == 2}
 
 
+@pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("case", range(25))
-def test_kept_nodes_are_those_on_a_path_from_tokens_to_answers(case):
-    model = random_model(keep=random.Random(case).choice([0.05, 0.1, 0.2, 0.4]), n_layer=2)
+def test_kept_nodes_are_those_on_a_path_from_tokens_to_answers(case, sink):
+    model = random_model(keep=random.Random(case).choice([0.05, 0.1, 0.2, 0.4]), n_layer=2, sink=sink)
     model.transformer.wpe.weight.zero_()
     mask = {s: torch.rand(len(m)) < 0.7 for s, m in all_nodes(model).items()}
-    model.transformer.wte.weight[:, 0] = 1.0
-    for l, block in enumerate(model.transformer.h):  # every value has a way in of its own; the next test is about the others
-        block.attn.c_attn.weight[12:, 0], mask[f"{l}.attn.act_in"][0] = 1.0, True
     got, edges = drop_unconnected(model, mask, (2, 3)), random_edges(model, 0.6)
     assert {(s, i) for s, channels in kept_of(got).items() for i in channels} == connected(model, mask, (2, 3))
-    for l in range(2):
-        ends = f"{l}.attn.act_in", f"{l}.attn.v"
-        edges[ends][graph_of(model).wires[ends].source == 0] = True
     fewer = drop_unconnected(model, mask, (2, 3), edges)
     assert {(s, i) for s, channels in kept_of(fewer).items() for i in channels} == connected(model, mask, (2, 3), edges)
     assert list(got) == model.sites and all(m.dtype == torch.bool for m in got.values())
 
 
-def test_a_constant_value_that_a_key_steers_is_on_a_path():
-    """With a sink, the attention alone can carry what the tokens say (bracket counting ends in such a head)."""
-    model = hand_made()
-    model.transformer.h[0].attn.c_attn.weight.zero_()[6 + 1, 0] = 1.0  # key 1 is all that reads the stream
+def test_a_constant_value_is_on_a_path_behind_a_sink_and_nowhere_else():
+    """With a sink, the attention alone can carry what the tokens say (bracket counting ends in such a head);
+    without one the shares of the attention sum to one, and what is gathered of a constant is that constant."""
     nodes = {"0.attn.act_in": [0], "0.attn.k": [1], "0.attn.v": [1], "0.attn.resid_delta": [3]}
-    mask = as_mask(model, nodes)
-    assert {(s, i) for s, channels in nodes.items() for i in channels} == connected(model, mask, (2, 3))
-    assert kept_of(drop_unconnected(model, mask, (2, 3))) == nodes
+    for sink in (True, False):
+        model = hand_made(sink=sink)
+        model.transformer.h[0].attn.c_attn.weight.zero_()[6 + 1, 0] = 1.0  # key 1 is all that reads the stream
+        mask, seen = as_mask(model, nodes), {}
+        constants = {s: 0.1 * torch.arange(float(len(m))) for s, m in all_nodes(model).items()}
+        model.transformer.h[0].attn.c_proj.weight[3, 1] = 2.0
+        model(torch.tensor([[0, 4, 5, 1, 9]]), nodes=lambda s, x: seen.setdefault(s, ablate(mask, constants)(s, x + 0.5 * (s == "0.attn.v"))))
+        varies = seen["0.attn.resid_delta"][0, :, 3].std().item() > 1e-3
+        assert varies == sink
+        assert kept_of(drop_unconnected(model, mask, (2, 3))) == (nodes if sink else {})
+
+
+def test_a_head_none_of_whose_values_is_in_the_circuit_writes_the_same_at_every_token():
+    """Behind a sink, too: held at its mean, a value would still be gathered the more, the more tokens there are."""
+    model, seen = random_model(n_layer=1), {}
+    constants, mask = some_constants(model), all_nodes(model)
+    mask["0.attn.v"][:3] = False  # of the first head
+    model.transformer.h[0].attn.c_proj.weight[:, 3:] = 0.0
+    model(torch.randint(0, 10, (3, 8)), nodes=lambda s, x: seen.setdefault(s, ablate(mask, constants)(s, x)))
+    wrote = seen["0.attn.resid_delta"]
+    assert torch.allclose(wrote, wrote[0, 0].expand_as(wrote), atol=1e-6) and wrote.abs().max() > 0.1
+    mask["0.attn.v"][0] = True
+    seen.clear()
+    model(torch.randint(0, 10, (3, 8)), nodes=lambda s, x: seen.setdefault(s, ablate(mask, constants)(s, x)))
+    assert seen["0.attn.resid_delta"].std((0, 1)).max() > 1e-3
 
 
 def test_a_node_without_a_way_in_or_a_way_out_is_dropped():
@@ -251,9 +272,9 @@ def test_one_cut_edge_of_the_hand_made_circuit_gives_the_logits_that_pencil_and_
     torch.testing.assert_close(got[:, 3], (-0.8 * read[3]).expand(20))
 
 
-def test_cutting_every_edge_of_a_node_is_ablating_it():
-    """Of a value too where there is no sink, since the attention to a constant sums to one."""
-    model, pairs = random_model(n_layer=2, sink=False, keep=0.8).double(), toy_pairs(6)
+@pytest.mark.parametrize("sink", [True, False])
+def test_cutting_every_edge_of_a_node_is_ablating_it(sink):
+    model, pairs = random_model(n_layer=2, sink=sink, keep=0.8).double(), toy_pairs(6)
     constants, mask = some_constants(model), {s: torch.rand(len(m)) < 0.8 for s, m in all_nodes(model).items()}
     for site in (s for s in model.sites if s.split(".", 1)[1] in ("attn.act_in", "attn.v", "mlp.act_in", "mlp.post_act")):
         channel = int(mask[site].nonzero()[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from circuit import Circuit, ablate, all_edges, between, drop_unconnected, without_edges
-from minimise import Search, minimise, parts_of, with_values, without
+from minimise import Search, minimise, parts_of, without
 from prune import discretise
 from tasks import calibrate, calibrated, loss_of, margins
 from toy import (EVERY_SITE, all_nodes, as_mask, kept_of, nats, one_thread, parallel_model, plain_margins,  # noqa: F401
@@ -200,19 +200,3 @@ def test_with_a_bound_on_necessity_no_node_goes_whose_ablation_the_model_needs_t
     for part in parts_of(got):  # each part is needed for the one or for the other
         less = drop_unconnected(model, without(got, part)[0], (2, 3), without(got, part)[1])
         assert loss_without(model, got, part, constants, pairs) > target - 2e-4 or without_circuit(less) < bound + 1e-4, part
-
-
-# --- values that a mask does not learn --------------------------------------------------------
-
-def test_minimising_starts_with_every_value_of_a_head_that_attends_and_of_no_other():
-    model, pairs = random_model(std=0.8, bias=True), toy_pairs(10)
-    constants = {s: torch.randn(len(m)) for s, m in all_nodes(model).items()}
-    mask = all_nodes(model)
-    for site in "qkv":  # two heads of three channels; only the first attends, with one value
-        mask[f"0.attn.{site}"] = torch.arange(6) == 1
-    search = Search(model, constants, pairs)
-    circuit = search.fit(mask, between(model, mask))
-    wider = with_values(search, circuit, math.inf)
-    assert wider.mask["0.attn.v"].tolist() == 3 * [True] + 3 * [False]
-    assert wider.edges["0.attn.act_in", "0.attn.v"].any()
-    assert with_values(search, circuit, 0.0) is circuit

@@ -75,7 +75,7 @@ def test_a_row_of_the_bank_is_one_position_of_the_data_at_every_site(tmp_path):
     model(ids, nodes=lambda s, x: record.setdefault(s, x))
     bank = bank_of(model, str(tmp_path / "one.bin"), 640, 0)
     assert set(bank) == {*model.sites, "final_resid"}
-    everything = torch.cat([record[s][0] for s in model.sites], 1)  # (T, all nodes)
+    everything = torch.cat([record[s.replace("attn.v", "attn.y")][0] for s in model.sites], 1)  # (T, all nodes)
     distance = torch.cdist(torch.cat([bank[s] for s in model.sites], 1), everything, compute_mode="donot_use_mm_for_euclid_dist")
     assert len(distance) == 640 and distance.min(1).values.max() < 1e-4
     assert distance.argmin(1).bincount(minlength=8).min() > 40  # all eight, 80 each but for chance
@@ -99,9 +99,10 @@ def test_resampling_is_what_a_forward_pass_per_prompt_gives(tmp_path):
         def fn(site, x):
             x = x.clone()
             for t in range(last + 1):
-                for i in range(x.shape[-1] if site in case.circuit.mask else 0):
-                    if not case.circuit.mask[site][i]:
-                        x[0, t, i] = bank[site][draws[row, t], i]
+                of = {"attn.y": site[:-1] + "v", "attn.v": None}.get(site.split(".", 1)[-1], site)  # a value once it is gathered
+                for i in range(x.shape[-1] if of in case.circuit.mask else 0):
+                    if not case.circuit.mask[of][i]:
+                        x[0, t, i] = bank[of][draws[row, t], i]
             return x
         logits = case.reduced(ids[None, : last + 1], nodes=fn)[0][0, -1]
         torch.testing.assert_close(got[row], logits[pairs.answer[row]] - logits[pairs.wrong[row]], rtol=1e-4, atol=1e-4)

@@ -58,14 +58,14 @@ TOY_EDGES = [["0.attn.act_in", 0, "0.attn.v", 1, 2.0],
              ["0.attn.v", 1, "0.attn.resid_delta", 3, 2.0]]
 
 
-def hand_made() -> GPT:
+def hand_made(sink=False) -> GPT:
     """Uniform attention copies channel 0 (+: token 0, -: token 1) to channel 3 (+: answer 2, -: 3).
 
     Tokens 4 and 5 disturb channel 0. Beside it: a live path that means nothing for the task
     (channel 1 to 1, with a bias toward one answer), an MLP that nothing reads, and a lit channel 2
     that keeps the norm from dividing by 0.
     """
-    model = random_model(std=0.0, sink=False)
+    model = random_model(std=0.0, sink=sink)
     wte, head, block = model.transformer.wte.weight, model.lm_head.weight, model.transformer.h[0]
     for norm in (block.ln_1, block.ln_2, model.transformer.ln_f):
         norm.weight.fill_(1.0)
@@ -161,12 +161,16 @@ def dense(model, edges):
 def by_hand(model, mask, edges, means):
     """The node function of a circuit: each site is computed anew from the one that it reads, every
     weight between two nodes that `edges` lacks seeing its source's mean; then nodes outside `mask`
-    are put at their means."""
+    are put at their means, values where they were gathered."""
     c, seen, edges = model.config, {}, dense(model, edges)
     width = c.n_head * c.d_head
 
     def fn(site, x):
         seen[site] = x
+        if site.endswith("attn.y"):  # a value is held once its head has gathered it
+            value = site[:-1] + "v"
+            seen[site] = torch.where(mask[value], x, means[value])
+            return seen[site]
         if site not in mask:
             return x
         layer, part = site.split(".", 1)
@@ -197,7 +201,7 @@ def by_hand(model, mask, edges, means):
                 x = (F.gelu if c.activation_type == "gelu" else F.relu)(x)
             if c.afrac and SITES[part] in c.afrac_loctypes.split(","):
                 x = abstopk(x, int(c.afrac * x.shape[-1]))
-        seen[site] = torch.where(mask[site], x, means[site])
+        seen[site] = x if part == "attn.v" else torch.where(mask[site], x, means[site])
         return seen[site]
 
     return fn

@@ -35,7 +35,7 @@ import torch
 
 from circuit import Circuit, Edges, Nodes, all_edges, edges_of, graph_of
 from data.tinypython.tokenizer import load_tokenizer
-from minimise import Search, minimise, with_values
+from minimise import Search, minimise
 from model import GPT
 from prune import SLACK, PruneConfig, constants_of, find
 from tasks import Pairs, Task, calibrate, calibrated, load_pairs, loss_of, margins
@@ -218,7 +218,7 @@ def circuits(planted: Planted, constants: Nodes, cfg: PruneConfig,
         if ranking == "learned" and "minimal" in methods:
             search = Search(planted.model, constants, planted.pairs.first(cfg.fit_pairs))
             aim = SLACK * min(cfg.target_loss)
-            circuit = minimise(search, with_values(search, circuit, aim), aim, quiet)
+            circuit = minimise(search, circuit, aim, quiet)
             yield "minimal", circuit, time.monotonic() - clock
 
 

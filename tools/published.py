@@ -289,13 +289,19 @@ def measured(cfg: PublishedConfig, found: Found, published: dict, prompts: Pairs
 
 
 def means_of(cfg: PublishedConfig, model: GPT, mask: Nodes) -> Nodes:
-    """The authors' means, or those over a data file."""
-    if cfg.means:
-        return means_from(cfg.means, mask)
+    """The authors' means, or those over a data file. Theirs of values behind sinks are of another
+    place than where we hold them (docs/ablation.md), and come from the data as well."""
+    theirs = means_from(cfg.means, mask) if cfg.means else {}
+    missing = []
+    for site in mask:
+        if site not in theirs or (model.config.sink and site.endswith("attn.v")):
+            missing.append(site)
+    if not missing:
+        return theirs
     check_tokenizer(cfg.data, tokenizer_hash(tokenizer_for(cfg.model, cfg.tokenizer)))
     path = os.path.join(cfg.data, "train.bin")
     window = window_of(cfg.model, model.config.block_size, cfg.window)
-    return node_means(model, path, cfg.mean_tokens, cfg.seed, list(mask), window)
+    return theirs | node_means(model, path, cfg.mean_tokens, cfg.seed, missing, window)
 
 
 def convert(cfg: PublishedConfig) -> str:
