@@ -35,7 +35,8 @@ from train import (TrainConfig, begin, evaluate, evaluation_text, loop, new_mode
 
 TERMS = ("nmse_encoder", "nmse_decoder", "kl_sparse", "kl_dense")  # of the loss, at each site
 HYBRIDS = ("dense_to_sparse", "sparse_to_dense")
-MEASURED = ("nmse_encoder", "nmse_decoder", *HYBRIDS, "dense_from_mean")  # at each site
+MEASURED = ("error_encoder", "moment_encoder", "error_decoder", "moment_decoder", *HYBRIDS,
+            "dense_from_mean")  # of each batch of windows, at each site
 
 
 @dataclass
@@ -87,9 +88,24 @@ class Bridges(nn.Module):
 
 # --- the pair and its loss (paper A.3) -------------------------------------------------------
 
-def nmse(x: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over the target's second moment: 1 for x = 0."""
-    return (x - target).square().mean() / target.square().mean()
+def error_and_moment(x: Tensor, target: Tensor) -> Tensor:
+    """(2,): mean squared error of x, and the target's second moment."""
+    return torch.stack([(x - target).square().mean(), target.square().mean()])
+
+
+def nmse(x: Tensor, target: Tensor, whole: Tensor | None = None) -> Tensor:
+    """Mean squared error over the target's second moment: 1 for x = 0.
+
+    whole: where x and target are one of several equal parts, the mean `error_and_moment` (2,) of
+    all parts, a constant. Value and gradient then are, in the mean over the parts, those of the
+    whole; of the parts' own ratios they would not be.
+    """
+    error, moment = error_and_moment(x, target)
+    if whole is None:
+        return error / moment
+    # error / moment to first order around that of the whole: linear, so that parts add up
+    ratio = whole[0] / whole[1]
+    return ratio + (error - ratio * moment) / whole[1]
 
 
 def distribution(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,20 +152,35 @@ class Coupled(nn.Module):
         self.rows = rows or None  # as the end of a slice
         self.recompute = recompute
 
-    def site(self, i: int, dense_h: Tensor, sparse_h: Tensor, idx: Tensor, y_dense) -> Tensor:
-        """The four terms of site i, in the order of TERMS; y_dense as in `kl`."""
+    def site(self, i: int, dense_h: Tensor, sparse_h: Tensor, idx: Tensor, y_dense, whole):
+        """The four terms (4,) of site i, in the order of TERMS; y_dense as in `kl`; whole: of
+        encoder and decoder, each as in `nmse`."""
+        of_encoder, of_decoder = whole
         encoded = self.bridges.encode(i, dense_h)
         decoded = self.bridges.decode(i, sparse_h)
         # No target is detached: the sparse model, too, moves toward what the bridges can say.
         return torch.stack([
-            nmse(encoded, sparse_h),
-            nmse(decoded, dense_h),
+            nmse(encoded, sparse_h, of_encoder),
+            nmse(decoded, dense_h, of_decoder),
             kl(y_dense, run_from(self.sparse, i, encoded, idx)),
             kl(y_dense, run_from(self.dense, i, decoded, idx)),
         ])
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """-> (next-token loss in nats, terms (n_sites, 4)), and the whole loss."""
+    @torch.no_grad()
+    def look_ahead(self, idx: Tensor) -> Tensor:
+        """Of tokens idx (B, T), what the `nmse` of a step in several parts takes the mean of:
+        (n_sites, 2, 2), `error_and_moment` of each site's encoder and decoder."""
+        idx = idx[: self.rows]
+        found = []
+        for i, (d, s) in enumerate(zip(streams(self.dense, idx), streams(self.sparse, idx))):
+            found.append(torch.stack([error_and_moment(self.bridges.encode(i, d), s),
+                                      error_and_moment(self.bridges.decode(i, s), d)]))
+        return torch.stack(found)
+
+    def forward(self, idx: Tensor, targets: Tensor,
+                whole: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """-> (next-token loss in nats, terms (n_sites, 4)), and the whole loss. whole: where
+        idx (B, T) is a part of a step's batch, the mean `look_ahead` of all parts."""
         sparse_h = streams(self.sparse, idx)
         # the logits get no name, so as not to be kept until the sites are done
         loss = F.cross_entropy(self.sparse.unembed(sparse_h[-1], idx).flatten(0, 1),
@@ -165,8 +196,10 @@ class Coupled(nn.Module):
         site = self.site
         if self.recompute and self.training:
             site = partial(checkpoint, self.site, use_reentrant=False)
-        terms = torch.stack([site(i, d, s[: self.rows], idx, y_dense)
-                             for i, (d, s) in enumerate(zip(dense_h, sparse_h))])
+        if whole is None:  # these rows are all there are
+            whole = [(None, None)] * len(dense_h)
+        terms = torch.stack([site(i, d, s[: self.rows], idx, y_dense, w)
+                             for i, (d, s, w) in enumerate(zip(dense_h, sparse_h, whole))])
         return (loss.detach(), terms.detach()), loss + (terms * self.weights).sum()
 
 
@@ -235,7 +268,8 @@ def measure(net: Coupled, run: Run) -> dict:
         for i, (d, s) in enumerate(zip(dense_h, sparse_h)):
             encoded = net.bridges.encode(i, d)
             decoded = net.bridges.decode(i, s)
-            values += [nmse(encoded, s), nmse(decoded, d),  # in the order of MEASURED
+            values += [*error_and_moment(encoded, s),  # in the order of MEASURED
+                       *error_and_moment(decoded, d),
                        loss(run_from(net.sparse, i, encoded, x)),
                        loss(run_from(net.dense, i, decoded, x)),
                        loss(run_from(net.dense, i, mean[i].expand_as(d), x))]
@@ -243,8 +277,14 @@ def measure(net: Coupled, run: Run) -> dict:
 
     measured = {}
     for part, values in over_parts(losses, 2 + len(MEASURED) * len(mean), run).items():
+        of_sites = {name: values[2 + j :: len(MEASURED)] for j, name in enumerate(MEASURED)}
         m = {"sparse": values[0], "dense": values[1]}
-        m |= {name: values[2 + j :: len(MEASURED)] for j, name in enumerate(MEASURED)}
+        for way in ("encoder", "decoder"):
+            # of all windows at once: the mean of the ratios of batches would depend on the batches
+            errors = of_sites.pop(f"error_{way}")
+            moments = of_sites.pop(f"moment_{way}")
+            m[f"nmse_{way}"] = [error / moment for error, moment in zip(errors, moments)]
+        m |= of_sites
         for name in HYBRIDS:
             # of what is lost without the stream
             m[f"recovered_{name}"] = [(without - x) / (without - m["dense"])

@@ -15,7 +15,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +35,25 @@ Edges = dict[tuple[str, str], Tensor]
 
 
 @dataclass
+class Certificate:
+    """That no part of a circuit can go: what minimise.py tried, each time in vain."""
+    parts: int        # single nodes and edges, each tried alone
+    pairs: int        # training pairs on which the loss was measured
+    target: float     # nats that the loss would pass
+    necessity: float  # nats that the model would then lose less than; 0 = not asked for
+    before: tuple[int, int]  # nodes and edges when minimising began
+
+    @property
+    def statement(self) -> str:
+        """In words, for a reader who has not seen the code."""
+        text = (f"Each of the {self.parts} nodes and edges was left out alone, with what then had "
+                f"no path: on {self.pairs} training pairs the loss passed {self.target:.3f} nats")
+        if self.necessity:
+            text += f", or the model lost less than {self.necessity} nats without the rest"
+        return f"{text}. Groups of parts were not tried."
+
+
+@dataclass
 class Circuit:
     """Nodes and edges, the calibration of the answer logits, and the loss on the fitted pairs."""
     mask: Nodes
@@ -42,7 +61,12 @@ class Circuit:
     scale: float
     shift: float
     loss: float  # nats
-    before: tuple[int, int] | None = None  # its size before single parts were left out
+    certificate: Certificate | None = None
+    # on pairs on which it was not found, and the standard error of that; None = there were none
+    loss_apart: float | None = None
+    error_apart: float | None = None
+    # nodes, edges and loss apart of every start's circuit, this one among them
+    starts: list[tuple] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -67,8 +91,8 @@ def held_at(site: str) -> str:
 
 
 def ablate(gates: Nodes, constants: Nodes):
-    """A node function: gate * x + (1 - gate) * constant for every site of `gates` (paper A.5), where
-    `held_at` says.
+    """A node function: gate * x + (1 - gate) * constant for every site of `gates` (paper A.5),
+    where `held_at` says.
 
     Mean ablation: the constants are each node's mean over the data, `prune.node_means`.
     """
@@ -343,7 +367,6 @@ class Found:
     circuit: Circuit
     constants: Nodes
     target_loss: float  # nats
-    aim: float          # nats: where the search stopped on its own pairs, a little below the target
     train: Pairs        # it was found on these
     heldout: Pairs
     settings: dict      # those of prune.py; they go into the file as they are
@@ -363,12 +386,10 @@ def content_of(found: Found) -> dict:
     answers = answers_of(found)
     file = found.task.file
     shape = ("n_layer", "d_model", "n_head", "d_head", "d_mlp")
-    minimal = {"certified": circuit.before is not None}
-    if circuit.before:  # minimise.py tried every part in vain, on those pairs and to that loss
-        minimal["training_pairs"] = settings["fit_pairs"]
-        minimal["target"] = found.aim
-        minimal["necessity"] = settings["necessity"]
-        minimal["nodes_before"], minimal["edges_before"] = circuit.before
+    minimal = {"certified": circuit.certificate is not None}
+    if circuit.certificate is not None:
+        minimal |= asdict(circuit.certificate)
+        minimal["statement"] = circuit.certificate.statement
     return {
         "format": FORMAT,
         "model": {"dir": found.model_dir, "sha256": weights_hash(found.model_dir),
@@ -378,6 +399,7 @@ def content_of(found: Found) -> dict:
         "answers": [found.tokenizer.decode([token]) for token in answers],
         "target_loss": found.target_loss,
         "loss": circuit.loss,  # on the pairs that it was fitted to
+        "loss_apart": circuit.loss_apart, "starts": circuit.starts,
         "loss_heldout": loss_of(kept), "unpruned_loss": loss_of(unpruned),
         "ablation": settings["ablation"],
         "logit_scale": circuit.scale, "logit_shift": circuit.shift,

@@ -4,18 +4,22 @@
   same from one to the next.
 - `minimise`: leaves out nodes and edges, the cheapest first; its last round tries every one of them
   in vain, and is the certificate. The authors removed leftovers by hand (paper A.5).
+- `first_order`: what each part is worth, all at once, where there are too many to try each.
 - `parts_of`, `without`: the single nodes and edges of a circuit.
+- The result carries a `Certificate`, which says in words what was tried.
 """
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import (Circuit, Edges, Nodes, ablate, between, drop_unconnected, inverse,
-                     without_edges)
+from circuit import (MAPS, Certificate, Circuit, Edges, Nodes, ablate, between, drop_unconnected,
+                     graph_of, inverse, run_to_last, without_edges)
 from live import Live, Ready, serves
 from model import GPT
 from tasks import (Pairs, answer_ids, batches_of, calibrate, calibrated, last_logits, loss_of,
@@ -32,6 +36,11 @@ PATIENCE = 1.5
 # At most one in so many parts goes at once, so that the dear ones among the rest are asked again in
 # a circuit that is not far from the one in which they were priced.
 AT_ONCE = 8
+# So many parts are priced by trials within a minute.
+MANY_PARTS = 300
+WORTHWHILE = 0.9  # another round by gradient, as long as it leaves out a tenth
+FINE = 64         # how near to the most that can go together a bisection comes, as a share
+AT_A_TIME = 32    # pairs in a pass with gradients
 
 
 # --- fitting many circuits to the same pairs -------------------------------------------------
@@ -44,12 +53,16 @@ class Search:
     constant, from the first sublayer on that differs from the accepted circuit.
     """
 
-    def __init__(self, model: GPT, constants: Nodes, pairs: Pairs, batch: int = 32):
+    def __init__(self, model: GPT, constants: Nodes, pairs: Pairs, tie_qk: bool = False,
+                 batch: int = 32):
+        """tie_qk: a query channel and the key channel that it meets are one part."""
         self.model = model
         self.constants = constants
+        self.tie_qk = tie_qk
         self.answers = answer_ids(pairs)
         by_length = pairs.last[::2].argsort()  # less padding in a batch
         self.batches = batches_of(pairs.take(by_length), batch)
+        self.n_pairs = len(pairs)
         n_quarter = (len(pairs) + 3) // 4
         self.quarter = pairs.take(torch.arange(n_quarter, device=pairs.ids.device))
 
@@ -122,24 +135,38 @@ class Search:
 
 # --- the parts of a circuit ------------------------------------------------------------------
 
-def parts_of(circuit: Circuit) -> list[tuple]:
-    """Every node (site, channel) and edge (from site, to site, its number among the nonzeros)."""
+def parts_of(circuit: Circuit, tie_qk: bool = False) -> list[tuple]:
+    """Every node (site, channel) and edge (from site, to site, its number among the nonzeros). With
+    tie_qk a query channel and the key channel that it meets are one part, named by the query."""
     parts = []
-    for chosen in (circuit.mask, circuit.edges):
-        for key, kept in chosen.items():
-            name = (key,) if isinstance(key, str) else key
-            parts += [(*name, i) for i in kept.nonzero().flatten().tolist()]
+    for site, kept in circuit.mask.items():
+        if tie_qk and site.endswith("attn.k"):  # a key that has lost its query is a part by itself
+            kept = kept & ~circuit.mask[partner(site)]
+        parts += [(site, i) for i in kept.nonzero().flatten().tolist()]
+    for ends, kept in circuit.edges.items():
+        parts += [(*ends, i) for i in kept.nonzero().flatten().tolist()]
     return parts
 
 
-def without(circuit: Circuit, *parts: tuple) -> tuple[Nodes, Edges]:
-    """The nodes and edges of a circuit less some nodes and edges."""
+def partner(site: str) -> str:
+    """The keys' site of a queries' site, and the other way round."""
+    return site[:-1] + ("k" if site.endswith("q") else "q")
+
+
+def without(circuit: Circuit, *parts: tuple, tie_qk: bool = False) -> tuple[Nodes, Edges]:
+    """The nodes and edges of a circuit less some of `parts_of`."""
     mask = dict(circuit.mask)
     edges = dict(circuit.edges)
     for *name, i in parts:
-        chosen, key = (mask, name[0]) if len(name) == 1 else (edges, tuple(name))
-        chosen[key] = chosen[key].clone()
-        chosen[key][i] = False
+        if len(name) == 2:
+            gone = [(edges, tuple(name))]
+        else:
+            gone = [(mask, name[0])]
+            if tie_qk and name[0].endswith("attn.q"):
+                gone.append((mask, partner(name[0])))
+        for chosen, key in gone:
+            chosen[key] = chosen[key].clone()
+            chosen[key][i] = False
     return mask, edges
 
 
@@ -151,11 +178,23 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
 
     With `necessity` (nats), no node goes either without which the model could do with less than
     that when it loses the circuit: where a model has two mechanisms for a task, one of them alone
-    may meet the target.
+    may meet the target. The circuit must meet both to begin with, or every removal would be refused
+    and the certificate would say nothing.
     """
+    before = circuit.size
+    # Where there are many parts, to price each by a trial would take minutes for every round. The
+    # gradient prices all at once; what it is wrong about, the passes below mend.
+    while sum(circuit.size) > MANY_PARTS:
+        smaller = leave_out_by_gradient(search, circuit, target, necessity)
+        say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: by gradient to "
+            f"{smaller.size[0]} nodes, {smaller.size[1]} edges")
+        if sum(smaller.size) > WORTHWHILE * sum(circuit.size):
+            break
+        circuit = smaller
+
     # First pass. A quarter of the pairs gives rough prices in a quarter of the time; what goes is
     # decided on all pairs nonetheless.
-    rough = Search(search.model, search.constants, search.quarter)
+    rough = Search(search.model, search.constants, search.quarter, search.tie_qk)
     for s in (search, rough):
         s.fit(circuit.mask, circuit.edges)
         s.accept()
@@ -165,7 +204,9 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     # tried, and each alone is needed. That round is the certificate.
     while leave_out(search, search, target, say, necessity):
         pass
-    return search.accepted
+    tried = len(parts_of(search.accepted, search.tie_qk))
+    certificate = Certificate(tried, search.n_pairs, target, necessity, before)
+    return replace(search.accepted, certificate=certificate)
 
 
 def leave_out(search: Search, pricer: Search, target: float, say, necessity: float) -> bool:
@@ -176,9 +217,12 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
     """
     before = search.accepted
     clock = time.monotonic()
+    limit = target
+    if pricer is not search:  # on other pairs the same circuit can have another loss
+        limit = pricer.accepted.loss + max(target - before.loss, target / 4)
     queue = []  # (price, its number, part), cheapest first; the number decides between equals
-    for number, part in enumerate(parts_of(before)):
-        trial = pricer.fit(*without(before, part), target)
+    for number, part in enumerate(parts_of(before, search.tie_qk)):
+        trial = pricer.fit(*without(before, part, tie_qk=search.tie_qk), limit)
         price = price_of(trial, pricer.accepted)
         if math.isfinite(price):
             queue.append((price, number, part))
@@ -189,14 +233,15 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
     most = len(queue)  # so many at once: doubled where that went well, halved where not
     while True:
         # a node takes its edges with it, and an edge the nodes that then have no path
-        left = set(parts_of(circuit))
+        left = set(parts_of(circuit, search.tie_qk))
         queue = sorted(entry for entry in queue if entry[2] in left)
         if not queue:
             return circuit is not before
         n = max(1, min(most, len(queue) // AT_ONCE))
         few = queue[:n]
         queue = queue[n:]
-        trial = search.fit(*without(circuit, *(part for _, _, part in few)), target)
+        parts = [part for _, _, part in few]
+        trial = search.fit(*without(circuit, *parts, tie_qk=search.tie_qk), target)
         price = price_of(trial, circuit)
 
         # a single part may be dearer than it promised, so long as the next one is no cheaper
@@ -217,6 +262,87 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
             most = n // 2
         elif math.isfinite(price):  # dearer by now than the next one was: its turn comes later
             queue.append((price, *few[0][1:]))
+
+
+# --- many parts at once ----------------------------------------------------------------------
+
+def first_order(search: Search, circuit: Circuit) -> dict[tuple, float]:
+    """Each part -> nats, without sign, by which the loss changes to first order where it is left
+    out: gradient x (activation - constant), summed over a quarter of the pairs."""
+    reduced = without_edges(search.model, circuit, search.constants)
+    gate = {site: m.float().requires_grad_() for site, m in circuit.mask.items()}
+    wires = graph_of(search.model).wires
+    effect = {ends: torch.zeros_like(w.weight) for ends, w in wires.items()}
+    seen = []  # what each linear map read and gave
+    hooks = []
+    for i, block in enumerate(reduced.transformer.h):
+        for name in MAPS:
+            watch = partial(_watch, seen, i, name)
+            hooks.append(block.get_submodule(name).register_forward_hook(watch))
+
+    for part in batches_of(search.quarter, AT_A_TIME):
+        seen.clear()
+        margin = margin_of(run_to_last(reduced, part, ablate(gate, search.constants)), part)
+        F.softplus(-calibrated(margin, circuit.scale, circuit.shift)).sum().backward()
+        for i, name, x, y in seen:
+            a, targets = MAPS[name]
+            a = f"{i}.{a}"
+            away = (x.detach() - search.constants[a]).flatten(0, -2)  # (tokens, in)
+            for b, grad in zip(targets, y.grad.flatten(0, -2).chunk(len(targets), -1)):
+                w = wires[a, f"{i}.{b}"]
+                together = (grad.T @ away)[w.to, w.source]
+                effect[a, f"{i}.{b}"] += together * w.weight
+    for hook in hooks:
+        hook.remove()
+
+    found = {}
+    for part in parts_of(circuit, search.tie_qk):
+        if len(part) == 3:
+            found[part] = abs(effect[part[:2]][part[2]].item())
+            continue
+        site, channel = part
+        found[part] = abs(gate[site].grad[channel].item())
+        if search.tie_qk and site.endswith("attn.q"):
+            found[part] += abs(gate[partner(site)].grad[channel].item())
+    return found
+
+
+def _watch(seen: list, layer: int, name: str, module, inputs: tuple, output: Tensor) -> None:
+    """Keeps what a linear map reads and gives, and the gradient of the latter."""
+    output.retain_grad()
+    seen.append((layer, name, inputs[0], output))
+
+
+def leave_out_by_gradient(search: Search, circuit: Circuit, target: float,
+                          necessity: float) -> Circuit:
+    """A circuit less as many of its parts as can go together, the least of `first_order` first."""
+    price = first_order(search, circuit)
+    order = sorted(price, key=price.get)
+    low = 0  # so many can go
+    high = len(order)
+    while high - low > max(1, len(order) // FINE):
+        middle = (low + high) // 2
+        trial = search.fit(*without(circuit, *order[:middle], tie_qk=search.tie_qk), target)
+        goes = trial.loss <= target
+        if goes and necessity > 0:
+            goes = search.loss_without(trial.mask) >= necessity
+        if goes:
+            low = middle
+            smaller = trial
+        else:
+            high = middle
+    return smaller if low else circuit
+
+
+def reduce_to(search: Search, circuit: Circuit, n_edges: int) -> Circuit:
+    """A circuit of at most `n_edges` edges, whatever its loss: a share of the parts goes at a time,
+    the least of `first_order` first."""
+    while circuit.size[1] > n_edges:
+        price = first_order(search, circuit)
+        order = sorted(price, key=price.get)
+        n = max(1, len(order) // AT_ONCE)
+        circuit = search.fit(*without(circuit, *order[:n], tie_qk=search.tie_qk))
+    return circuit
 
 
 def price_of(trial: Circuit, before: Circuit) -> float:

@@ -1,10 +1,11 @@
 """Find the smallest circuit of a model that still does a task, and write it to circuit.json.
 
 - Means of every node over pretraining data; nodes outside the circuit are held at their mean.
-- A ranking of the nodes by learned masks: a gate per node, Heaviside forward, sigmoid slope
-  backward (paper A.5); or by attribution, to compare with (Fig. 31).
+- A ranking of the nodes by learned masks (masks.py, paper A.5), from several seeds; or by
+  attribution, to compare with (Fig. 31).
 - Bisection for the fewest leading nodes that meet the target; with --minimal, minimise.py leaves
-  no node or edge more than that needs. Then what circuit.py measures, and validate.py sharpens.
+  no node or edge more than that needs. Of the seeds' circuits the smallest counts that also holds
+  on pairs set apart. Then what circuit.py measures, and validate.py sharpens.
 
     python prune.py --model=out/demo --task=single_double_quote
     python prune.py --model=out/demo --task=all --minimal --jobs=2
@@ -14,7 +15,6 @@
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -25,26 +25,30 @@ from config import as_script, bounded, die, one_of, parse
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import (Circuit, Found, Nodes, ablate, all_edges, content_of, drop_unconnected, held_at,
-                     read_circuit, run_to_last, write_circuit)
+from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, held_at, read_circuit,
+                     write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from data.workers import begin_worker, worker_pool
+from masks import Gates, MaskConfig, attribution, learn_masks
 from minimise import Search, minimise
 from model import GPT, config_of, device_of, weights_hash
-from tasks import (TASKS, Pairs, Task, answer_ids, batches_of, calibrate, calibrated,
-                   load_model, load_pairs, loss_of, margins, rows_at_once, task_loss, task_of)
+from tasks import (TASKS, Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of,
+                   margins, rows_at_once, task_of)
 from tokens import check_tokenizer, random_windows, window_of
 
-# Node activations at a time in a forward and backward pass; each takes about 16 bytes.
-ACTIVATIONS = {"cpu": 2**26, "cuda": 2**30}
-BROKEN = math.log(2)  # nats: worse than a coin; such a circuit has hardly a gradient to mend by
-SLACK = 0.9  # the search aims so far below the target on its pairs that held-out ones meet it too
+# The search aims this far below the target on the pairs that it looks at, so that others meet it
+# too; and further where pairs set apart say that this was not enough.
+SLACKS = (0.9, 0.75, 0.6)
+WIDE = 2  # minimising starts from so many times the gates that learning left open
+FEWEST_APART = 4  # of a file with few pairs, one in so many is set apart
+NEXT_START = 1_000_003  # between the seeds of one run: a prime, far from any other seed
 
 
 @dataclass
-class PruneConfig:
+class PruneConfig(MaskConfig):
     model: str = "out/demo"         # a directory in the published format
     task: str = "single_double_quote"  # or all, or a file of pairs: .jsonl, .csv
     out_dir: str = ""               # "" = the model's; the circuit: out_dir/task/circuit.json
@@ -52,31 +56,17 @@ class PruneConfig:
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = one_of("cpu", "cuda")
     jobs: int = bounded(1, at_least=1)  # with --task=all: processes at a time
-    seed: int = bounded(0, at_least=0)
-    target_loss: tuple = bounded((0.15,), above=0)  # nats; of several, one circuit each
     method: str = one_of("learned", "attribution")  # how nodes are ranked
+    starts: int = bounded(3, at_least=1)  # masks learnt from so many seeds; the smallest counts
     ablation: str = one_of("mean", "zero")  # what a node outside the circuit is held at
     minimal: bool = False           # then leave out single nodes and edges until none can go
     necessity: float = bounded(0.0, at_least=0)  # minimal: nats that the model must lose without it
-    tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
     mean_tokens: int = bounded(65536, at_least=1)
     window: int = bounded(0, at_least=0)  # tokens of it at a time; 0 = as many as in training
     train_pairs: int = bounded(2048, at_least=1)  # mask learning draws from these
     fit_pairs: int = bounded(256, at_least=1)  # the first of those: for bisection and calibration
-    heldout_pairs: int = bounded(256, at_least=1)
-    # mask learning (the names are paper A.5's; their values are set for small models)
-    steps: int = bounded(300, at_least=1)
-    batch_pairs: int = bounded(16, at_least=1)
-    lr: float = bounded(0.02, above=0)
-    k_coef: float = 0.0003          # nats per open gate, at first
-    k_rate: float = 0.02            # how fast k follows the loss; 0 = fixed, as in the paper
-    init_noise_scale: float = 0.01
-    init_noise_bias: float = 0.1
-    weight_decay: float = 0.001
-    beta2: float = 0.95
-    warmup: float = 0.05            # share of the steps
-    heaviside_temp: float = bounded(1.0, above=0)
-    grad_clip: float = bounded(1.0, above=0)
+    apart_pairs: int = bounded(896, at_least=0)  # beside those: does a start's circuit hold there?
+    heldout_pairs: int = bounded(1024, at_least=1)
 
 
 # --- what ablated nodes are held at ----------------------------------------------------------
@@ -119,202 +109,54 @@ def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
     return {site: zeros(model.config.site_width(site)) for site in model.sites}
 
 
-# --- mask learning ---------------------------------------------------------------------------
-
-class _Heaviside(torch.autograd.Function):
-    """1 where tau > 0, else 0. The gradient of that is 0 almost everywhere; the backward pass takes
-    a sigmoid's, of temperature `temp`, in its place (the surrogate gradient, paper A.5)."""
-
-    @staticmethod
-    def forward(ctx, tau, temp):
-        ctx.save_for_backward(tau)
-        ctx.temp = temp
-        return (tau > 0).to(tau.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (tau,) = ctx.saved_tensors
-        s = torch.sigmoid(tau / ctx.temp)
-        return grad * s * (1 - s) / ctx.temp, None
-
-
-class Gates:
-    """One tau per node, all in one vector; `tie_qk`: a query channel shares its key channel's."""
-
-    def __init__(self, model: GPT, tie_qk: bool):
-        self.widths = {site: model.config.site_width(site) for site in model.sites}
-        index = {}  # site -> which parameters are its gates
-        n = 0
-        for site, width in self.widths.items():
-            if tie_qk and site.endswith("attn.k"):
-                index[site] = index[site[:-1] + "q"]
-            else:
-                index[site] = torch.arange(n, n + width)
-                n += width
-        self.n_parameters = n
-        self.index = torch.cat(list(index.values())).to(model.lm_head.weight.device)  # (n_nodes,)
-
-    def split(self, flat: Tensor) -> Nodes:
-        """A value per node (n_nodes,) -> per site."""
-        return dict(zip(self.widths, flat.split(list(self.widths.values()))))
-
-
-def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: PruneConfig,
-                say=print) -> Tensor:
-    """Minimise task loss + k * open gates over tau (paper A.5). Returns tau, in [-1, 1], per node.
-
-    k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
-    while the running mean of the loss is below 2/3 of the lowest target, and shrinks while above.
-    Where a step closes a gate that the circuit cannot do without, it is taken back (`mend_`).
-    """
-    generator = torch.Generator().manual_seed(cfg.seed)
-    noise = torch.randn(gates.n_parameters, generator=generator)
-    tau = (noise * cfg.init_noise_scale + cfg.init_noise_bias).clamp(-1, 1)
-    tau = tau.to(gates.index.device).requires_grad_()
-    optimizer = torch.optim.AdamW([tau], betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
-
-    answers = answer_ids(pairs)
-    target = min(cfg.target_loss)
-    k = cfg.k_coef
-    mean = 0.0
-    best = None  # the fewest gates that met the target: where learning ends with a broken circuit
-    fewest = math.inf
-    whole = None  # the last that was not broken
-    clock = time.monotonic()
-    for step in range(cfg.steps):
-        # up over the warm-up, then down to 0 in a line
-        ramp = min(1.0, (step + 1) / max(1.0, cfg.warmup * cfg.steps))
-        optimizer.param_groups[0]["lr"] = cfg.lr * ramp * (1 - step / cfg.steps)
-        drawn = torch.randint(len(pairs), (cfg.batch_pairs,), generator=generator)
-        batch = pairs.take(drawn.to(pairs.ids.device))
-
-        gate = _Heaviside.apply(tau, cfg.heaviside_temp)[gates.index]  # (n_nodes,)
-        gate = close_astray(model, gate, gates, answers)
-        loss, grad = gate_gradient(model, batch, constants, gates, gate)
-        gate.backward(grad + k)
-
-        mean = 0.9 * mean + 0.1 * loss if step else loss
-        # down faster than up: a broken circuit has little gradient by which it could mend
-        k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / (2 / 3 * target))))
-        if max(mean, loss) <= target and gate.sum() < fewest:
-            best = tau.detach().clone()
-            fewest = gate.sum()
-
-        broken = loss > max(BROKEN, 3 * target)
-        if broken and whole is not None:
-            mend_(tau, whole, wanted_open(tau, model, batch, constants, gates), loss - target)
-            mean = target
-        else:
-            if not broken:
-                whole = tau.detach().clone()
-            torch.nn.utils.clip_grad_norm_([tau], cfg.grad_clip)
-            optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            tau.clamp_(-1, 1)
-        if (step + 1) % 25 == 0:  # a line every few seconds
-            left = (time.monotonic() - clock) / (step + 1) * (cfg.steps - step - 1)
-            say(f"  masks {step + 1}/{cfg.steps}  task loss {loss:.3f}  "
-                f"open gates {int(gate.sum())}  {left:.0f} s left")
-    if best is None or not mean > target:
-        best = tau.detach()
-    return best[gates.index]
-
-
-def wanted_open(tau: Tensor, model: GPT, batch: Pairs, constants: Nodes, gates: Gates) -> Tensor:
-    """Nats by which opening each gate further would lower the loss, to first order; tau's shape.
-
-    As the gates are, without `close_astray`: a path of which one gate has closed would be closed
-    as a whole, and then none of its gates is wanted.
-    """
-    gate = (tau > 0).float()[gates.index]
-    grad = gate_gradient(model, batch, constants, gates, gate)[1]
-    return torch.zeros_like(tau).index_add_(0, gates.index, -grad)
-
-
-@torch.no_grad()
-def mend_(tau: Tensor, whole: Tensor, wanted: Tensor, excess: float) -> None:
-    """Undo what broke the circuit: back to `whole`, the gates before it. Of those that closed since
-    then, the ones that are wanted most are opened as wide as can be.
-
-    wanted: of `wanted_open`. Where nothing would lower the loss by a tenth of its `excess`, as when
-    two of a path closed at once, all that closed are opened.
-    """
-    closed = (whole > 0) & (tau <= 0)
-    gain = torch.where(closed, wanted, 0)
-    least = gain.max() / 10 if gain.max() >= excess / 10 else -math.inf
-    tau.copy_(whole)
-    tau[closed & (gain >= least)] = 1.0
-
-
-def close_astray(model: GPT, gate: Tensor, gates: Gates, answers: list[int]) -> Tensor:
-    """The gates (n_nodes,), those closed that have no path from tokens to answers (our choice).
-
-    Such nodes are dropped in the end, and as constants that differ from their mean they would then
-    be missed.
-    """
-    with torch.no_grad():
-        path = drop_unconnected(model, gates.split(gate > 0), answers)
-        astray = gate * ~torch.cat(list(path.values()))
-    # a difference, not a product: they still hear their gradient, and may find a path again
-    return gate - astray
-
-
-def gate_gradient(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates,
-                  gate: Tensor) -> tuple[float, Tensor]:
-    """The task loss in nats and its gradient by each gate, both (n_nodes,)."""
-    gate = gate.detach().requires_grad_()
-    tokens = 2 * pairs.ids.shape[1]  # of a pair
-    at_once = max(1, ACTIVATIONS[gate.device.type] // (tokens * len(gate)))
-    total = 0.0
-    for part in batches_of(pairs, at_once):
-        nodes = ablate(gates.split(gate), constants)
-        loss = task_loss(run_to_last(model, part, nodes), part) * (len(part) / len(pairs))
-        loss.backward()
-        total = total + loss.detach()
-    return total.item(), gate.grad
-
-
-def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Tensor:
-    """|gradient x (activation - constant)| of the task loss, summed over prompts and positions,
-    (n_nodes,): the first-order effect of ablating each node. It breaks ties between equal taus."""
-    # where a gate is 1, the loss's derivative by it is gradient x (activation - constant)
-    gate = torch.ones(len(gates.index), device=gates.index.device)
-    return gate_gradient(model, pairs, constants, gates, gate)[1].abs()
-
-
 # --- from a ranking to a circuit -------------------------------------------------------------
 
-def discretise(search: Search, order: Tensor, n_open: int, target: float) -> Circuit:
-    """The fewest leading nodes of `order` (n_nodes,) that meet `target`, by bisection (paper A.5).
+@dataclass
+class Ranking:
+    """The gates of one start, the most wanted first."""
+    order: Tensor  # (n_parameters,)
+    n_open: int    # so many were open when learning ended
+
+
+def rank(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: PruneConfig,
+         say=print) -> Ranking:
+    """Learn masks on `pairs`, or take the attribution alone, and put the gates in order."""
+    effect = attribution(model, pairs.first(cfg.fit_pairs), constants, gates)
+    # where the method is attribution, all taus are equal and the effect decides
+    tau = torch.ones_like(effect)
+    if cfg.method == "learned":
+        tau = learn_masks(model, pairs, constants, gates, cfg, say)
+    # the largest tau first; the clamp leaves many at 1, and of those the largest effect first
+    order = np.lexsort((-effect.cpu().numpy(), -tau.cpu().numpy()))
+    return Ranking(torch.from_numpy(order).to(effect.device), int((tau > 0).sum()))
+
+
+def discretise(search: Search, gates: Gates, ranking: Ranking, target: float,
+               necessity: float = 0.0) -> Circuit:
+    """The fewest leading gates of a ranking whose nodes meet `target`, by bisection (paper A.5);
+    and of which the model, where it loses them alone, misses at least `necessity` nats.
 
     Calibration is part of the test (the paper fits it afterwards), because the calibrated loss is
-    the one that is reported. Where not even all nodes do, the open gates, whose loss says so.
+    the one that is reported. Where not even all nodes do, the open gates: `meets` says so.
     """
-    edges = all_edges(search.model)
-    widths = {site: search.model.config.site_width(site) for site in search.model.sites}
-
     def leading(k: int, target: float) -> Circuit:
-        flat = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        flat[order[:k]] = True
-        mask = dict(zip(widths, flat.split(list(widths.values()))))
-        return search.fit(mask, edges, target)
+        return leading_gates(search, gates, ranking, k, target)
 
     # From the open gates down, and only where they do not do from all nodes: the loss is not
     # monotone in the number of nodes, and between the two it can be worse.
     low = 0
-    high = n_open
+    high = ranking.n_open
     best = leading(high, target)
-    if not best.loss <= target:
-        low = n_open
-        high = len(order)
+    if not meets(search, best, target, necessity):
+        low = ranking.n_open
+        high = len(ranking.order)
         best = leading(high, target)
-    if not best.loss <= target:
-        return leading(n_open, math.inf)
-    while high - low > 1:  # `high` meets the target, always
+    if not meets(search, best, target, necessity):
+        return leading(ranking.n_open, math.inf)
+    while high - low > 1:  # `high` meets both, always
         middle = (low + high) // 2
         trial = leading(middle, target)
-        if trial.loss <= target:
+        if meets(search, trial, target, necessity):
             high = middle
             best = trial
         else:
@@ -322,36 +164,103 @@ def discretise(search: Search, order: Tensor, n_open: int, target: float) -> Cir
     return best
 
 
-def find(model: GPT, pairs: Pairs, constants: Nodes, cfg: PruneConfig,
+def leading_gates(search: Search, gates: Gates, ranking: Ranking, k: int,
+                  target: float = math.inf) -> Circuit:
+    """The circuit of the k leading gates, all edges between them in it, fitted as `Search.fit`."""
+    chosen = torch.zeros_like(ranking.order, dtype=torch.bool)
+    chosen[ranking.order[:k]] = True
+    return search.fit(gates.split(chosen[gates.index]), all_edges(search.model), target)
+
+
+def meets(search: Search, circuit: Circuit, target: float, necessity: float) -> bool:
+    """Whether a circuit is as good as asked on its own, and missed as much as asked."""
+    if not circuit.loss <= target:
+        return False
+    return necessity == 0 or search.loss_without(circuit.mask) >= necessity
+
+
+def smallest(search: Search, gates: Gates, ranking: Ranking, aim: float, target: float,
+             cfg: PruneConfig, say=print) -> Circuit:
+    """The circuit of one start: at most `aim` nats, or `target` where it cannot be less; minimal
+    where that is asked for and there is something to be minimal by."""
+    necessity = cfg.necessity if cfg.minimal else 0.0
+    if cfg.minimal:
+        # The fewest gates are all needed for each other, and little can go; among more, what can
+        # stand in for a part is still there.
+        circuit = leading_gates(search, gates, ranking, WIDE * ranking.n_open)
+        if meets(search, circuit, aim, necessity):
+            return minimise(search, circuit, aim, say, cfg.necessity)
+
+    circuit = discretise(search, gates, ranking, aim, necessity)
+    fit_for = meets(search, circuit, aim, necessity)
+    if not fit_for:  # not even all nodes come that far below, or are missed that much
+        circuit = discretise(search, gates, ranking, target)
+    say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: loss {circuit.loss:.3f}, "
+        f"target {target}")
+    if not cfg.minimal or not circuit.loss <= target:
+        return circuit
+    if not fit_for:
+        asked = f"{aim:.3f} nats on its pairs"
+        if necessity:
+            asked += f" and is missed by {necessity} nats"
+        say(f"  not minimised: no number of nodes comes to {asked}")
+        return circuit
+    return minimise(search, circuit, aim, say, cfg.necessity)
+
+
+def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: PruneConfig,
          say=print) -> Iterator[Circuit]:
-    """The circuits of one model and task, one per target loss, found on `pairs` alone (paper A.5).
+    """The circuits of one model and task, one per target loss, found on `pairs` (paper A.5).
 
-    The nodes are ranked once. Where a target cannot be met, the circuit's loss says so.
+    Masks are learnt from several seeds, because one of them may end in twice the edges of another;
+    of their circuits the smallest counts that holds on the pairs set `apart` (None: any holds).
+    Where a target cannot be met, the circuit's loss says so.
     """
-    # one tau per node; where the method is attribution, all are equal and the effect decides
     gates = Gates(model, cfg.tie_qk)
-    fit_pairs = pairs.first(cfg.fit_pairs)
-    effect = attribution(model, fit_pairs, constants, gates)
-    tau = torch.ones_like(effect)
-    if cfg.method == "learned":
-        tau = learn_masks(model, pairs, constants, gates, cfg, say)
-    n_open = int((tau > 0).sum())
-    # the largest tau first; the clamp leaves many at 1, and of those the largest effect first
-    order = np.lexsort((-effect.cpu().numpy(), -tau.cpu().numpy()))
-    order = torch.from_numpy(order).to(effect.device)
-
+    rankings = []
+    for start in range(cfg.starts if cfg.method == "learned" else 1):
+        seed = cfg.seed + NEXT_START * start
+        rankings.append(rank(model, pairs, constants, gates, replace(cfg, seed=seed), say))
     for target in cfg.target_loss:
-        search = Search(model, constants, fit_pairs)
-        aim = SLACK * target
-        circuit = discretise(search, order, n_open, aim)
-        if not circuit.loss <= aim:  # not even all nodes come that far below
-            circuit = discretise(search, order, n_open, target)
-        size = f"{circuit.size[0]} nodes, {circuit.size[1]} edges"
-        say(f"  {size}: loss {circuit.loss:.3f}, target {target}")
-        if cfg.minimal and circuit.loss <= aim:
-            smaller = minimise(search, circuit, aim, say, cfg.necessity)
-            circuit = replace(smaller, before=circuit.size)
-        yield circuit
+        search = Search(model, constants, pairs.first(cfg.fit_pairs), cfg.tie_qk)
+        yield best_start(search, gates, rankings, apart, target, cfg, say)
+
+
+def best_start(search: Search, gates: Gates, rankings: list[Ranking], apart: Pairs | None,
+               target: float, cfg: PruneConfig, say=print) -> Circuit:
+    """Of the circuits of several starts the one with the fewest edges, of those that hold."""
+    for slack in SLACKS:
+        tried = []
+        for ranking in rankings:
+            circuit = smallest(search, gates, ranking, slack * target, target, cfg, say)
+            tried.append(with_loss_apart(search, circuit, apart))
+        sizes = [(*circuit.size, circuit.loss_apart) for circuit in tried]
+        tried = [replace(circuit, starts=sizes) for circuit in tried]
+        met = [circuit for circuit in tried if circuit.loss <= target]
+        if not met:
+            return min(tried, key=lambda circuit: circuit.loss)
+        held = [circuit for circuit in met if holds(circuit, target)]
+        if held:
+            return min(held, key=lambda circuit: (circuit.size[1], circuit.size[0]))
+        say(f"  none holds on pairs set apart (the best has "
+            f"{min(circuit.loss_apart for circuit in met):.3f} nats)")
+    return min(met, key=lambda circuit: circuit.loss_apart)
+
+
+def with_loss_apart(search: Search, circuit: Circuit, apart: Pairs | None) -> Circuit:
+    """A circuit with its loss on pairs that it was not found on, and that loss's standard error."""
+    if apart is None:
+        return circuit
+    margin = alone(search.model, circuit, search.constants)(apart)
+    losses = F.softplus(-calibrated(margin, circuit.scale, circuit.shift))
+    error = losses.std().item() / math.sqrt(len(losses))
+    return replace(circuit, loss_apart=losses.mean().item(), error_apart=error)
+
+
+def holds(circuit: Circuit, target: float) -> bool:
+    """Whether pairs set apart say nothing against a circuit: its loss there meets the target, but
+    for what so few of them can tell."""
+    return circuit.loss_apart is None or circuit.loss_apart - circuit.error_apart <= target
 
 
 def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
@@ -362,28 +271,42 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     """
     device = model.lm_head.weight.device
     T = model.config.block_size
-    train = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed).to(device)
+    n = cfg.train_pairs + cfg.apart_pairs
+    pairs = load_pairs(task, tokenizer, n, "train", T, cfg.seed).to(device)
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
-    cfg = sized(cfg, task, train, heldout, say)
+    cfg = sized(cfg, task, pairs, heldout, say)
+    train, apart = set_apart(pairs, cfg)
     check_solved(model, task, train, heldout, cfg)
-    for target, circuit in zip(cfg.target_loss, find(model, train, constants, cfg, say)):
+    for target, circuit in zip(cfg.target_loss, find(model, train, apart, constants, cfg, say)):
         if not circuit.loss <= target:
             raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} "
                              "training pairs; raise --target_loss")
         yield content_of(Found(
             model=model, model_dir=cfg.model, task=task, tokenizer=tokenizer, circuit=circuit,
-            constants=constants, target_loss=target, aim=SLACK * target, train=train,
-            heldout=heldout, settings=settings_in_file(cfg)))
+            constants=constants, target_loss=target, train=train, heldout=heldout,
+            settings=settings_in_file(cfg)))
 
 
-def sized(cfg: PruneConfig, task: Task, train: Pairs, heldout: Pairs, say=print) -> PruneConfig:
+def sized(cfg: PruneConfig, task: Task, pairs: Pairs, heldout: Pairs, say=print) -> PruneConfig:
     """The settings with as many pairs as there are: a file can have fewer than they ask for."""
-    fits = replace(cfg, train_pairs=len(train), heldout_pairs=len(heldout),
-                   fit_pairs=min(cfg.fit_pairs, len(train)))
+    n_apart = cfg.apart_pairs
+    if len(pairs) < cfg.train_pairs + cfg.apart_pairs:
+        n_apart = min(n_apart, len(pairs) // FEWEST_APART)
+    n_train = len(pairs) - n_apart
+    fits = replace(cfg, train_pairs=n_train, apart_pairs=n_apart, heldout_pairs=len(heldout),
+                   fit_pairs=min(cfg.fit_pairs, n_train))
     if fits != cfg:
         say(f"  {task.file.path} has fewer pairs than asked for: train_pairs={fits.train_pairs}, "
-            f"fit_pairs={fits.fit_pairs}, heldout_pairs={fits.heldout_pairs}")
+            f"fit_pairs={fits.fit_pairs}, apart_pairs={fits.apart_pairs}, "
+            f"heldout_pairs={fits.heldout_pairs}")
     return fits
+
+
+def set_apart(pairs: Pairs, cfg: PruneConfig) -> tuple[Pairs, Pairs | None]:
+    """The pairs to find circuits on, and those set apart."""
+    order = torch.arange(len(pairs), device=pairs.ids.device)
+    train, apart = order.split([cfg.train_pairs, cfg.apart_pairs])
+    return pairs.take(train), pairs.take(apart) if len(apart) else None
 
 
 def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:

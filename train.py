@@ -326,9 +326,22 @@ def settle_buckets(run: Run, net: DistributedDataParallel) -> None:
     net.zero_grad(set_to_none=True)
 
 
-def forward_backward(run: Run, net: nn.Module, step: int) -> tuple[Tensor, object]:
-    """Add up the gradients of a step. Returns its loss (nats, mean of all processes), and what the
-    net saw in the last micro-step of this process."""
+def mean_of_step(run: Run, values: list[Tensor]) -> Tensor:
+    """The mean over a step's micro-steps, of all processes; values: of this process's."""
+    mean = torch.stack(values).mean(0)
+    if run.world > 1:
+        dist.all_reduce(mean)
+        mean /= run.world
+    return mean
+
+
+def forward_backward(run: Run, job: Job, net: nn.Module, step: int) -> tuple[Tensor, object]:
+    """Add up the gradients of a step. net: that of `job`, as `for_this_machine` gives it.
+
+    Returns the step's loss (nats) and what `job.describe` reads (None without it), both the mean
+    of all micro-steps and processes. A net whose loss is no such mean has a `look_ahead`, without
+    gradients: the mean of its look_ahead(x) is then the third argument of net(x, y).
+    """
     cfg = run.cfg
     # the step's whole batch is drawn from (seed, step); each process takes its own rows
     rng = np.random.default_rng([cfg.seed, step])
@@ -336,21 +349,30 @@ def forward_backward(run: Run, net: nn.Module, step: int) -> tuple[Tensor, objec
     per_process = cfg.batch_size // run.world
     starts = starts[run.rank * per_process : (run.rank + 1) * per_process]
 
-    # the loss stays on the device until the step is done, so that the device need not wait
-    loss = torch.zeros((), device=run.device)
-    micro_steps = starts.reshape(cfg.grad_accum, -1)
-    for i, micro in enumerate(micro_steps):
-        x, y = inputs_and_targets(run.train, micro, cfg.block_size, run.device)
+    batches = [inputs_and_targets(run.train, micro, cfg.block_size, run.device)
+               for micro in starts.reshape(cfg.grad_accum, -1)]
+    whole = []  # what the net is to know of the whole step
+    if run.world * cfg.grad_accum > 1 and hasattr(job.net, "look_ahead"):
+        # autocast of its own: weights that one casts without gradients have none until it ends
+        with autocast(cfg, run.device):
+            whole = [mean_of_step(run, [job.net.look_ahead(x) for x, _ in batches])]
+
+    # losses stay on the device until the step is done, so that the device need not wait
+    losses = []
+    noted = []
+    for i, (x, y) in enumerate(batches):
         # processes exchange gradients once a step, after its last micro-step
         waits = run.world > 1 and i < cfg.grad_accum - 1
         with autocast(cfg, run.device), net.no_sync() if waits else nullcontext():
-            seen, part = net(x, y)
+            seen, part = net(x, y, *whole)
             (part / cfg.grad_accum).backward()
-        loss += part.detach() / cfg.grad_accum
-    if run.world > 1:
-        dist.all_reduce(loss)
-        loss /= run.world
-    return loss, seen
+        losses.append(part.detach())
+        if job.describe is not None:  # else let go: the logits are the largest tensor there is
+            noted.append(seen)
+    loss = mean_of_step(run, losses)
+    if job.describe is None:
+        return loss, None
+    return loss, [mean_of_step(run, values) for values in zip(*noted)]
 
 
 def report(run: Run, job: Job, entry: dict, evaluating: bool) -> None:
@@ -398,7 +420,7 @@ def loop(run: Run, job: Job) -> int:
 def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, object]:
     """One step of training, counted from 0: gradients, their scale, the optimizer.
 
-    Returns what log.jsonl keeps of it, and what `forward_backward` saw. Where loss or gradient is
+    Returns what log.jsonl keeps of it, and what `job.describe` reads. Where loss or gradient is
     not finite, the weights are left as they are.
     """
     cfg = run.cfg
@@ -407,7 +429,7 @@ def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, obj
     lr = cfg.lr * lr_factor_at(step, cfg.max_steps, cfg.density / density, cfg.warmup)
     job.optimizer.set_schedule(lr, progress)
 
-    loss, seen = forward_backward(run, net, step)
+    loss, seen = forward_backward(run, job, net, step)
     # each module has its own scale of gradients (paper A.2: RMS over all parameters)
     rms = [scale_rms_(learned(m), cfg.grad_rms).item() for m in job.modules.values()]
     measured = {
@@ -421,8 +443,7 @@ def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, obj
     else:
         measured["not_finite"] = True
     job.optimizer.zero_grad(set_to_none=True)
-    # what nobody describes is let go: the logits are the largest tensor there is
-    return measured, seen if job.describe is not None else None
+    return measured, seen
 
 
 def steps_from(start: int, run: Run, job: Job, saver: Saver) -> int:

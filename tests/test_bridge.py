@@ -12,13 +12,15 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bridge
 import train
-from bridge import Bridges, Coupled, distribution, kl, nmse
+from bridge import Bridges, Coupled, distribution, kl, nmse, streams
+from jobs import Job, Run
 from test_train import (  # noqa: F401
     BLOCK, ROOT, argv, as_alone, assert_same_run, at_step, change_meta, data, log, same, state, weights)
 from toy import random_model
@@ -225,6 +227,60 @@ def test_the_dense_model_does_not_learn(data, pair, tmp_path, monkeypatch):
     assert same(dict(nets[0].sparse.state_dict()), weights(tmp_path / "run"))
 
 
+# --- a whole and its parts -------------------------------------------------------------------
+
+def uneven(**options):
+    """A pair, and a run whose tokens have small streams in the first half and large ones in the
+    second."""
+    net = learner(recompute=False)
+    with torch.no_grad():
+        for model in (net.sparse, net.dense):
+            model.transformer.wte.weight[5:] *= 5
+        for p in net.bridges.parameters():
+            p.normal_(std=0.3)  # with the biases, to err about as much in both halves
+    ids = np.random.default_rng(0).integers(0, 5, 600)
+    ids[300:] += 5
+    cfg = bridge.BridgeConfig(block_size=7, batch_size=4, **options)
+    return net, Run(cfg, 0, 1, "cpu", ids, ids, {"val_parts": {"all": [0, 600]}}, None)
+
+
+def step_in(parts, dtype="float32"):
+    """Loss, terms and gradients of one step in so many micro-steps."""
+    net, run = uneven(grad_accum=parts, dtype=dtype)
+    job = Job(net, {}, None, evaluate=dict, text=str, describe=bridge.describe)
+    loss, (next_token, terms) = train.forward_backward(run, job, net, step=4)
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {"loss": loss, "next_token": next_token, "terms": terms} | grads
+
+
+@pytest.mark.parametrize("parts, dtype, rtol", [
+    (2, "float32", 1e-5), (4, "float32", 1e-5), (2, "bfloat16", 0.02)])
+def test_a_step_in_parts_has_the_terms_and_the_gradient_of_the_whole(
+        parts, dtype, rtol, monkeypatch):
+    ours = step_in(parts, dtype)
+    monkeypatch.delattr(Coupled, "look_ahead")  # the whole at once needs none
+    whole = step_in(1, dtype)
+    assert ours.keys() == whole.keys() and len(whole) > 30
+    for name, value in whole.items():
+        assert (ours[name] - value).abs().max() <= rtol * value.abs().max(), name
+    ratios = step_in(parts, dtype)  # parts without it give the mean of their own ratios
+    assert (ratios["terms"] / whole["terms"] - 1)[:, :2].abs().max() > 0.3
+    for name in ("sparse.transformer.wte.weight", "bridges.encoders.1.weight"):
+        assert (ratios[name] - whole[name]).abs().max() > 0.3 * whole[name].abs().max(), name
+
+
+def test_the_measured_nmse_is_that_of_all_windows_at_once(seed):
+    net, run = uneven(eval_tokens=280)  # 40 windows, in three batches
+    measured = bridge.measure(net, run)["all"]
+    starts = np.linspace(0, 592, 40).astype(int)
+    x = torch.stack([torch.from_numpy(run.val[s : s + 7]) for s in starts])
+    for i, (d, s) in enumerate(zip(streams(net.dense, x), streams(net.sparse, x))):
+        encoder = nmse(net.bridges.encode(i, d), s).item()
+        decoder = nmse(net.bridges.decode(i, s), d).item()
+        assert measured["nmse_encoder"][i] == pytest.approx(encoder, rel=1e-5)
+        assert measured["nmse_decoder"][i] == pytest.approx(decoder, rel=1e-5)
+
+
 # --- training --------------------------------------------------------------------------------
 
 DENSE = dict(density=1, afrac=0, d_model=24, max_steps=30, seed=5)
@@ -285,8 +341,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(data, pair, tmp_path, monkeypatc
 
 
 def test_two_processes_hold_the_same_weights_and_about_the_losses_of_one(data, pair, tmp_path):
-    # each process normalises its own squared errors
-    options = {**pair.options, "w_nmse_encoder": 0, "w_nmse_decoder": 0}
+    options = {**pair.options, "w_nmse_encoder": 1, "w_nmse_decoder": 1}
     two = tmp_path / "two"
     one = tmp_path / "one"
     with socket.socket() as s:
@@ -294,13 +349,16 @@ def test_two_processes_hold_the_same_weights_and_about_the_losses_of_one(data, p
         port = s.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                 "--master-addr=127.0.0.1", f"--master-port={port}"]
-    done = subprocess.run([*torchrun, str(ROOT / "bridge.py"), *argv(data, two, **options)],
+    in_parts = argv(data, two, **options, grad_accum=2)
+    done = subprocess.run([*torchrun, str(ROOT / "bridge.py"), *in_parts],
                           capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert bridge.main(argv(data, one, **options)) == 0
     for a, b in zip(log(one), log(two), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        for name in ("next_token", *bridge.TERMS):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
     # AdamW turns the last bit of a gradient into more, but not into much more
     for key, w in weights(one).items():
         assert torch.allclose(weights(two)[key], w, atol=2e-3), key

@@ -315,7 +315,7 @@ def test_the_size_counts_nodes_and_the_kept_weights_between_them():
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
-    model, _, c = toy_circuit(tmp_path_factory.mktemp("pruned"), parallel_model(cross=-0.3), minimal=True, target_loss=(0.42,))
+    model, _, c = toy_circuit(tmp_path_factory.mktemp("pruned"), parallel_model(cross=-0.5), minimal=True, target_loss=(0.358,))
     return model, c
 
 

@@ -13,7 +13,7 @@ import train
 from circuit import ablate
 from model import GPT, SITES, GPTConfig
 from optim import density_at, lr_factor_at, param_groups, project_, scale_rms_
-from prune import _Heaviside
+from masks import _Heaviside
 from tasks import Pairs, task_loss
 from circuit import run_to_last
 

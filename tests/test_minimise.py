@@ -7,7 +7,8 @@ import torch
 
 from circuit import Circuit, ablate, all_edges, between, drop_unconnected, without_edges
 from minimise import Search, minimise, parts_of, without
-from prune import discretise
+from masks import Gates
+from prune import Ranking, discretise
 from tasks import calibrate, calibrated, loss_of, margins
 from toy import (EVERY_SITE, all_nodes, as_mask, kept_of, nats, one_thread, parallel_model, plain_margins,  # noqa: F401
                  random_model, scaled, toy_pairs, toy_setup)
@@ -98,17 +99,17 @@ def test_discretising_keeps_exactly_the_fewest_leading_nodes_that_meet_the_targe
     leading = [("0.attn.resid_delta", 5), *((site, i) for i in range(4) for site in ("0.attn.act_in", "0.attn.v"))]
     sites = [(s, i) for s, m in all_nodes(model).items() for i in range(len(m))]
     order = torch.tensor([sites.index(n) for n in leading] + [i for i, n in enumerate(sites) if n not in leading])
-    losses = []
+    losses, gates = [], Gates(model, False)
     for n in (1, 2, 3, 4):  # channels
         margin = margins(model, pairs, ablate(as_mask(model, {s: [i for t, i in leading[: 1 + 2 * n] if t == s] for s, _ in leading}), constants))
         losses.append(loss_of(calibrated(margin, *calibrate(margin))))
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[3] + 0.05
     for n_open, (n, loss) in itertools.product((9, len(order)), enumerate(losses, 1)):
-        got = discretise(Search(model, constants, pairs), order, n_open, loss + 1e-4)
+        got = discretise(Search(model, constants, pairs), gates, Ranking(order, n_open), loss + 1e-4)
         assert got.loss == pytest.approx(loss, abs=5e-5)
         assert kept_of(got.mask) == {"0.attn.act_in": list(range(n)), "0.attn.v": list(range(n)), "0.attn.resid_delta": [5]}
     for n_open, n in ((5, 2), (9, 4)):  # no number of nodes does: the open gates, whose loss says so
-        got = discretise(Search(model, constants, pairs), order, n_open, losses[3] / 2)
+        got = discretise(Search(model, constants, pairs), gates, Ranking(order, n_open), losses[3] / 2)
         assert got.loss == pytest.approx(losses[n - 1], abs=5e-5) and kept_of(got.mask)["0.attn.v"] == list(range(n))
 
 

@@ -20,7 +20,7 @@ from toy import TOY, Digits, one_thread, random_model, toy_setup  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 SMALL = ["--task=toy", "--target_loss=0.4", "--mean_tokens=2048", "--train_pairs=64", "--fit_pairs=24", "--heldout_pairs=50", "--steps=12",
-         "--batch_pairs=8", "--lr=0.03", "--k_coef=0.01"]
+         "--batch_pairs=8", "--lr=0.03", "--k_coef=0.01", "--starts=1", "--apart_pairs=0"]
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def toy(tmp_path, monkeypatch):
     toy_setup(tmp_path)
     find, seen = tune.find, []
 
-    def watch(model, pairs, constants, cfg, say):
+    def watch(model, pairs, apart, constants, cfg, say):
         seen.append(cfg)
-        yield from find(model, pairs, constants, cfg, say)
+        yield from find(model, pairs, apart, constants, cfg, say)
 
     monkeypatch.setattr(tune, "find", watch)
     return SimpleNamespace(folder=tmp_path / "toy", seen=seen,
@@ -42,7 +42,7 @@ def toy(tmp_path, monkeypatch):
 
 def score_by_lr(monkeypatch, toy, stop_at=None, edges=lambda cfg: 1 + abs(round(100 * math.log(cfg.lr / 0.01))), loss=0.3):
     """In place of pruning: a circuit with the fewer edges the nearer lr is to 0.01."""
-    def fake(model, pairs, constants, cfg, say):
+    def fake(model, pairs, apart, constants, cfg, say):
         if len(toy.seen) == stop_at:
             raise KeyboardInterrupt
         toy.seen.append(cfg)
@@ -151,7 +151,7 @@ class TestWithOptuna:
         assert len(toy.seen) == 3 * (len(runs) + 2)
 
     def test_several_targets_are_scored_by_their_geometric_mean(self, toy, monkeypatch, capsys):
-        def find(model, pairs, constants, cfg, say):
+        def find(model, pairs, apart, constants, cfg, say):
             yield from (SimpleNamespace(size=(3, edges), loss=0.1) for edges in (2, 32))
         monkeypatch.setattr(tune, "find", find)
         toy.run("--trials=1", "--target_loss=0.5,0.2")
@@ -163,7 +163,7 @@ class TestWithOptuna:
         losses = iter([0.1, 0.5, math.nan, math.inf])
         edges = {0.1: 999_999, 0.5: 1}
 
-        def find(model, pairs, constants, cfg, say):
+        def find(model, pairs, apart, constants, cfg, say):
             loss = next(losses)
             toy.seen.append(cfg)
             yield SimpleNamespace(size=(3, edges.get(loss, 1)), loss=loss)

@@ -32,7 +32,8 @@ from data.tinypython.tokenizer import load_tokenizer
 from model import GPT, device_of
 from ops import abstopk, linear
 from optim import L0AdamW, scale_rms_, param_groups
-from prune import Gates, PruneConfig, learn_masks
+from masks import Gates, learn_masks
+from prune import PruneConfig
 from tasks import TASKS, load_pairs
 from train import TrainConfig, autocast, model_config
 

@@ -29,7 +29,8 @@ import torch
 from circuit import all_edges
 from minimise import Search, parts_of, without
 from model import GPT
-from prune import Gates, PruneConfig, attribution, learn_masks, node_means
+from masks import Gates, attribution, learn_masks
+from prune import PruneConfig, node_means
 from tasks import Pairs, load_model, load_pairs, task_of
 from tokens import window_of
 

@@ -37,7 +37,7 @@ from circuit import Circuit, Edges, Nodes, all_edges, edges_of, graph_of
 from data.tinypython.tokenizer import load_tokenizer
 from minimise import Search, minimise
 from model import GPT
-from prune import SLACK, PruneConfig, constants_of, find
+from prune import SLACKS, PruneConfig, constants_of, find
 from tasks import Pairs, Task, calibrate, calibrated, load_pairs, loss_of, margins
 from tools.planting import FAMILIES, SHAPES, Planter, background, hint
 
@@ -212,12 +212,12 @@ def circuits(planted: Planted, constants: Nodes, cfg: PruneConfig,
         if ranking not in methods and (ranking == "attribution" or "minimal" not in methods):
             continue
         clock = time.monotonic()
-        (circuit,) = find(planted.model, planted.pairs, constants, replace(cfg, method=ranking),
-                          quiet)
+        (circuit,) = find(planted.model, planted.pairs, None, constants,
+                          replace(cfg, method=ranking, starts=1), quiet)
         yield ranking, circuit, time.monotonic() - clock
         if ranking == "learned" and "minimal" in methods:
             search = Search(planted.model, constants, planted.pairs.first(cfg.fit_pairs))
-            aim = SLACK * min(cfg.target_loss)
+            aim = SLACKS[0] * min(cfg.target_loss)
             circuit = minimise(search, circuit, aim, quiet)
             yield "minimal", circuit, time.monotonic() - clock
 
@@ -229,7 +229,7 @@ def measure(cfg: PlantedConfig, planted: Planted, ablation: str,
     given = {key: value for key, value in given.items() if hasattr(PruneConfig, key)}
     settings = PruneConfig(**given | {"target_loss": (cfg.target_loss,), "ablation": ablation})
     constants = constants_of(planted.model, settings)
-    aim = SLACK * cfg.target_loss
+    aim = SLACKS[0] * cfg.target_loss
     search = Search(planted.model, constants, planted.pairs.first(cfg.fit_pairs))
     truths = [needed(planted, truth_of(planter, ablation), search, aim)
               for planter in planted.truths]

@@ -329,8 +329,8 @@ def convert(cfg: PublishedConfig) -> str:
     content = measured(cfg, Found(
         model=model, model_dir=cfg.model, task=task, tokenizer=tokenizer,
         circuit=Circuit(mask, edges, 1.0, 0.0, published["loss"]), constants=constants,
-        target_loss=settings.target_loss[0], aim=settings.target_loss[0], train=prompts,
-        heldout=prompts, settings=settings_in_file(settings)), published, prompts, known)
+        target_loss=settings.target_loss[0], train=prompts, heldout=prompts,
+        settings=settings_in_file(settings)), published, prompts, known)
 
     out = cfg.out or os.path.join(os.path.dirname(cfg.viz), "circuit.json")
     write_circuit(out, content)

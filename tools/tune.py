@@ -46,6 +46,7 @@ MISSED = 1e6
 @dataclass
 class TuneConfig(PruneConfig):
     trials: int = bounded(32, at_least=1)  # in all, with those of earlier calls
+    starts: int = bounded(1, at_least=1)   # of each trial
 
 
 # --- what is searched ------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def tune(cfg: TuneConfig) -> None:
     constants = constants_of(model, cfg)
 
     def run(values: dict[str, float]) -> list[Circuit]:
-        return list(find(model, pairs, constants, replace(plain, **values), quiet))
+        return list(find(model, pairs, None, constants, replace(plain, **values), quiet))
 
     os.makedirs(folder, exist_ok=True)  # only now: bad input leaves nothing behind
     study, done = open_study(journal, plain, task)

@@ -1,0 +1,408 @@
+"""The lines of the faithfulness card, one function each.
+
+A circuit under other ablations than those of pruning, against the model, and on prompts that
+pruning never saw.
+
+Each is measured on held-out pairs, and says what it can and cannot tell. validate.py puts them
+together; what it means to hold a node is docs/ablation.md's.
+
+Paper 2.2 and Appendix E; the critique is Drori, "Weight-sparse circuits may be interpretable yet
+unfaithful" (2026).
+"""
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from circuit import FINAL, Circuit, Nodes, ablate, alone, held_at, inverse, twin, without_edges
+from data.tinypython import idioms
+from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
+from minimise import Search, parts_of, without
+from model import GPT, record
+from prune import PruneConfig
+from tasks import (Pairs, Task, calibrate, calibrated, fitting_batches, last_logits, load_pairs,
+                   loss_of, margin_of, margins, rows_at_once, unembed_last)
+from tokens import random_windows
+
+POSITIONS = 4096  # pretraining positions that resampled values come from
+PER_WINDOW = 16   # of them in one window: more windows would be slower, fewer less varied
+DRAWS = 4         # resamplings, averaged
+SUBSETS = 16      # random halves of the complement; the worst of them is the adversary
+
+
+@dataclass
+class Case:
+    """A circuit and all that its card is measured with."""
+    model: GPT
+    task: Task
+    tokenizer: object
+    circuit: Circuit
+    constants: Nodes        # what the nodes outside the circuit are held at
+    settings: PruneConfig   # the circuit was found with; target_loss is this circuit's alone
+    train: Pairs
+    heldout: Pairs          # what every line is measured on
+    data: str               # train.bin
+    seed: int
+    limit: float | None = None  # nats that its certificate says each part is needed for
+
+    def __post_init__(self):
+        # the circuit is `reduced`, the model less the edges that were removed, run with `nodes`
+        self.reduced = without_edges(self.model, self.circuit, self.constants)
+        self.nodes = ablate(self.circuit.mask, self.constants)
+        self.fit = self.train.first(self.settings.fit_pairs)  # what calibration looks at
+
+    def loss(self, margin: Tensor) -> float:
+        """Nats, with the scale and shift of the circuit file."""
+        return loss_of(calibrated(margin, self.circuit.scale, self.circuit.shift))
+
+    def refit(self, run: Callable[[Pairs], Tensor]) -> float:
+        """Nats on held-out pairs, with a scale and shift fitted anew, to the margins that `run`
+        gives of training pairs: what is left if only the strength of the logits was wrong."""
+        margin = run(self.heldout)
+        scale, shift = calibrate(run(self.fit))
+        return loss_of(calibrated(margin, scale, shift))
+
+    def generator(self) -> torch.Generator:
+        """A new one each time, so that no measure hangs on which others came before it."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+# --- the circuit under other ablations: loss as calibrated in its file, `_refit` anew ---------
+
+def sufficiency(case: Case) -> float:
+    """Loss with all but the circuit held at constants (paper 2.2): whether it alone gives the right
+    answers. Not that the model finds them so: a mechanism may only exist under ablation."""
+    return case.loss(margins(case.reduced, case.heldout, case.nodes))
+
+
+def necessity(case: Case) -> float:
+    """Loss with only the circuit's nodes held at constants (inverse pruning, paper 2.2): whether
+    the model needs them. Low: there is a second way. High: or something shared was damaged."""
+    # not calibrated: the file's scale and shift are the circuit's, and this is the rest
+    return loss_of(margins(case.model, case.heldout, inverse(case.circuit.mask, case.constants)))
+
+
+def zero_ablation(case: Case) -> dict:
+    """Loss with zeros for means: how much the means do for the circuit (Drori 2026 prunes with
+    zeros). Many nodes are never near zero: a high loss alone is no proof against it."""
+    zeros = {site: torch.zeros_like(c) for site, c in case.constants.items()}
+    run = alone(case.model, case.circuit, zeros)
+    return {"zero_ablation": case.loss(run(case.heldout)), "zero_ablation_refit": case.refit(run)}
+
+
+@torch.no_grad()
+def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
+    """Every node's activations (about n, width) at random positions of a file of tokens, `window`
+    of them at a time (0: block_size), where nodes are held; a row is the same position at every
+    site."""
+    config = model.config
+    T = window or config.block_size
+    n_windows = max(1, n // PER_WINDOW)
+    device = model.lm_head.weight.device
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on any device
+    # all of it beforehand: small tensors left between large ones would keep the memory of those
+    n_rows = n_windows * PER_WINDOW
+    bank = {site: torch.empty(n_rows, config.site_width(site), device=device)
+            for site in model.sites}
+    bank[FINAL] = torch.empty(n_rows, config.d_model, device=device)  # published circuits name it
+
+    held = {held_at(site): site for site in bank}
+
+    def keep(site: str, x: Tensor) -> Tensor:
+        if site in held:  # picked at once: whole windows would take many times the memory
+            bank[held[site]][place] = x[row, position]
+        return x
+
+    first = 0
+    for ids in random_windows(path, config.vocab_size, T, n_windows * T, seed, device):
+        for part in ids.split(rows_at_once(model, T)):
+            row = torch.arange(len(part)).repeat_interleave(PER_WINDOW)
+            position = torch.randint(T, (len(row),), generator=generator)
+            place = slice(first, first + len(row))
+            model.run(model.embed(part), nodes=keep)
+            first = place.stop
+    return bank
+
+
+@torch.no_grad()
+def resampled(case: Case, bank: Nodes, generator: torch.Generator, pairs: Pairs) -> Tensor:
+    """Margins (2n,) where at each token of each prompt all pruned nodes take their values at one
+    random row of `bank`."""
+    held = {held_at(site): site for site in case.circuit.mask}
+    n_rows = len(next(iter(bank.values())))
+
+    def node(site: str, x: Tensor) -> Tensor:
+        if site not in held:
+            return x
+        return torch.where(case.circuit.mask[held[site]], x, bank[held[site]][rows])
+
+    out = []
+    for part in fitting_batches(case.model, pairs):
+        rows = torch.randint(n_rows, part.ids.shape, generator=generator).to(part.ids.device)
+        out.append(margin_of(last_logits(case.reduced, part, node), part))
+    return torch.cat(out)
+
+
+def resample(case: Case) -> dict:
+    """Loss with pruned nodes at their values at random pretraining positions, not their means: that
+    the circuit needs no lucky constant (causal scrubbing). The noise of all pruned nodes adds up in
+    the stream that it reads: circuits fail by degrees, and a right one can fail. Removed edges
+    between two kept nodes stay at their means."""
+    n_nodes = sum(len(m) for m in case.circuit.mask.values())
+    n = min(POSITIONS, 2**27 // n_nodes)  # 2**27 float32: the bank is at most half a GB
+    bank = bank_of(case.model, case.data, n, case.seed, case.settings.window)
+
+    # one generator for all: each of the draws is another, and the fit's is none of them
+    run = partial(resampled, case, bank, case.generator())
+    draws = [run(case.heldout) for _ in range(DRAWS)]
+    scale, shift = calibrate(run(case.fit))
+    losses = [case.loss(margin) for margin in draws]
+    refits = [loss_of(calibrated(margin, scale, shift)) for margin in draws]
+    return {"resample": sum(losses) / DRAWS, "resample_refit": sum(refits) / DRAWS}
+
+
+@torch.no_grad()
+def resampled_in_task(case: Case, generator: torch.Generator, pairs: Pairs) -> Tensor:
+    """Margins (2n,) where in each prompt all pruned nodes take their values in one other prompt of
+    the task, token by token."""
+    lengths = case.train.last + 1
+    held = {held_at(site): site for site in case.circuit.mask}
+    out = []
+    for part in fitting_batches(case.model, pairs):
+        donors = [donor_of(int(n), lengths, generator) for n in part.last + 1]
+        donors = torch.tensor(donors, device=part.ids.device)
+        seen = {}
+        case.model.run(case.model.embed(case.train.ids[donors]), nodes=record(seen))
+        # the last token of a prompt stands against the last one of its donor
+        ahead = (lengths[donors] - 1 - part.last).unsqueeze(1)
+        position = torch.arange(part.ids.shape[1], device=part.ids.device) + ahead
+        position = position.clamp(0, case.train.ids.shape[1] - 1).unsqueeze(-1)
+
+        def node(site: str, x: Tensor) -> Tensor:
+            if site not in held:
+                return x
+            other = seen[site].gather(1, position.expand(-1, -1, x.shape[-1]))
+            return torch.where(case.circuit.mask[held[site]], x, other)
+
+        out.append(margin_of(last_logits(case.reduced, part, node), part))
+    return torch.cat(out)
+
+
+def donor_of(n: int, lengths: Tensor, generator: torch.Generator) -> int:
+    """A random one of the prompts of n tokens; else of as few more as there are, or of the most."""
+    longer_or_equal = lengths[lengths >= n]
+    nearest = longer_or_equal.min() if len(longer_or_equal) else lengths.max()
+    rows = (lengths == nearest).nonzero().flatten()
+    return int(rows[torch.randint(len(rows), (1,), generator=generator)])
+
+
+def resample_task(case: Case) -> dict:
+    """Loss with pruned nodes at their values at the same place of another prompt of the task, with
+    whichever answer (causal scrubbing's second condition, among documents of one kind): that what
+    varies within the task outside the circuit does not matter."""
+    run = partial(resampled_in_task, case, case.generator())
+    draws = [run(case.heldout) for _ in range(DRAWS)]
+    scale, shift = calibrate(run(case.fit))
+    losses = [case.loss(margin) for margin in draws]
+    refits = [loss_of(calibrated(margin, scale, shift)) for margin in draws]
+    return {"resample_task": sum(losses) / DRAWS, "resample_task_refit": sum(refits) / DRAWS}
+
+
+def halves(case: Case) -> Iterator[Circuit]:
+    """Circuits made of this one and a random half of all nodes and edges outside it."""
+    generator = case.generator()
+
+    def with_half(kept: Tensor) -> Tensor:
+        woken = torch.rand(kept.shape, generator=generator) < 0.5
+        return kept | woken.to(kept.device)
+
+    for _ in range(SUBSETS):
+        mask = {site: with_half(m) for site, m in case.circuit.mask.items()}
+        edges = {ends: with_half(kept) for ends, kept in case.circuit.edges.items()}
+        yield replace(case.circuit, mask=mask, edges=edges)
+
+
+def complement(case: Case) -> dict:
+    """Loss with random halves of the complement ablated, on average and at worst: a high one is a
+    rest that works against the circuit once half awake (proposed in reply to Drori 2026). A low one
+    proves little: random halves are a weak adversary, and the waking half can do the task itself.
+    """
+    # calibrated anew for each: the file's scale and shift make up for the loss of all the rest
+    losses = [case.refit(alone(case.model, c, case.constants)) for c in halves(case)]
+    return {"complement_random": sum(losses) / len(losses), "complement_worst": max(losses)}
+
+
+class FrozenNorm(nn.Module):
+    """An RMSNorm that is told 1/rms of each position, (B, T, 1)."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = norm.eps
+        self.scale = None
+
+    def tell(self, h: Tensor) -> None:
+        eps = torch.finfo(h.dtype).eps if self.eps is None else self.eps  # PyTorch's own default
+        self.scale = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.scale * self.weight
+
+
+@torch.no_grad()
+def frozen(case: Case, pairs: Pairs) -> Tensor:
+    """Margins (2n,) of the circuit where each norm divides by what it divides by in the model."""
+    stiff = twin(case.reduced)
+    told = {}  # site of the stream before a norm -> that norm
+    for i, block in enumerate(stiff.transformer.h):
+        block.ln_1 = FrozenNorm(block.ln_1)
+        block.ln_2 = FrozenNorm(block.ln_2)
+        told[f"{i}.resid_in"] = block.ln_1
+        told[f"{i}.resid_mid"] = block.ln_2
+    last = FrozenNorm(stiff.transformer.ln_f)
+    stiff.transformer.ln_f = last
+
+    def tell(site: str, x: Tensor) -> Tensor:
+        if site in told:
+            told[site].tell(x)
+        return x
+
+    out = []
+    for part in fitting_batches(case.model, pairs):
+        h = case.model.run(case.model.embed(part.ids), nodes=tell)
+        # the last norm sees the last token alone: nothing else is unembedded
+        rows = torch.arange(len(h), device=h.device)
+        last.tell(h[rows, part.last].unsqueeze(1))
+        h = stiff.run(stiff.embed(part.ids), nodes=case.nodes)
+        out.append(margin_of(unembed_last(stiff, h, part), part))
+    return torch.cat(out)
+
+
+def frozen_norms(case: Case) -> dict:
+    """Loss with every RMSNorm's scale from the unpruned run: ablation changes norms, and a circuit
+    can draw from that a strength that it lacks in the model (Drori 2026). Not which norm; and what
+    calibrating anew brings down was strength alone. None for LayerNorm, which also subtracts."""
+    if not case.model.config.rms_norm:
+        return {"frozen_norms": None, "frozen_norms_refit": None}
+    run = partial(frozen, case)
+    return {"frozen_norms": case.loss(run(case.heldout)), "frozen_norms_refit": case.refit(run)}
+
+
+# --- against the model, and on prompts that pruning never saw --------------------------------
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; 0 where one does not vary but for rounding."""
+    if a.std().item() < 1e-5 or b.std().item() < 1e-5:  # of logits, which are about 1
+        return 0.0
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+def agreement(case: Case) -> dict:
+    """Correlation of the circuit's and the model's logit differences, first answer - second: that
+    it follows the model. Two that are both right agree by the labels alone; hence also the mean
+    within one answer's prompts, where labels tell nothing. Neither sees scale and shift."""
+    # margins are right minus wrong: in row 0 the first answer is right, in row 1 the second
+    circuit = margins(case.reduced, case.heldout, case.nodes).double().view(-1, 2).T
+    model = margins(case.model, case.heldout).double().view(-1, 2).T
+    of_circuit = torch.cat([circuit[0], -circuit[1]])
+    of_model = torch.cat([model[0], -model[1]])
+    within = correlation(circuit[0], model[0]) + correlation(circuit[1], model[1])
+    return {"agreement": correlation(of_circuit, of_model), "agreement_within": within / 2}
+
+
+def longer(task: Task, tokenizer, block_size: int) -> Task:
+    """The task behind as many whole functions as the context has room for, and at least one."""
+    def prompts(r: random.Random) -> tuple[str, str]:
+        pair = task.prompts(r)
+        before = whole_function(r)
+        while True:
+            more = whole_function(r) + before
+            if max(len(tokenizer.encode_ordinary(more + prompt)) for prompt in pair) > block_size:
+                return before + pair[0], before + pair[1]
+            before = more  # there was room
+
+    return replace(task, prompts=prompts)
+
+
+def words_of(texts: Iterable[str]) -> set[str]:
+    return set(re.findall(r"\w+", " ".join(texts)))
+
+
+def renamed(task: Task, seed: int) -> Task:
+    """The task with other names: throughout a pair each becomes a word that the pretraining data
+    has and the task never. ValueError where there is nothing to rename."""
+    rng = random.Random(f"{task.name} names {seed}")
+    drawn = [words_of(task.prompts(rng)) for _ in range(500)]  # enough to see its every word
+    named = {*VARIABLES, *NOUNS, *GROWN}
+    # words that all prompts have are part of the task, and stay
+    names = named & set.union(*drawn) - set.intersection(*drawn) - words_of(task.answers)
+    if not names:
+        raise ValueError(f"the prompts of {task.name} have no names")
+
+    plurals = {f"{noun}s" for noun in NOUNS}
+    taken = named.union(VERBS, ADJECTIVES, plurals, *drawn)
+    others = set(idioms.NOUNS).union(idioms.VARIABLES, idioms.COLLECTIONS, idioms.SINGULAR,
+                                     idioms.ACCUMULATORS)
+    # a letter can be more than a name: open(path, 'w'); sorted, for a set has no order
+    others = sorted(word for word in others - taken if len(word) > 2)
+
+    def prompts(r: random.Random) -> tuple[str, str]:
+        pair = task.prompts(r)
+        here = sorted(names & words_of(pair))
+        to = dict(zip(here, r.sample(others, len(here))))
+
+        def other(word: re.Match) -> str:
+            return to.get(word[0], word[0])
+
+        return tuple(re.sub(r"\w+", other, prompt) for prompt in pair)
+
+    return replace(task, prompts=prompts)
+
+
+def generalisation(case: Case) -> dict:
+    """Loss behind further functions and with other names, of circuit and model: where only the
+    circuit fails, it is less than what the model does; where both fail, the model knows no more
+    than the task's generator shows. Two shifts of that generator, not code at large. None for
+    pairs from a file, which has no generator."""
+    T = case.model.config.block_size
+    seed = case.settings.seed
+    vary = {
+        "generalisation_longer": partial(longer, case.task, case.tokenizer, T),
+        "generalisation_names": partial(renamed, case.task, seed),
+    }
+    out = {}
+    for key, varied in vary.items():
+        out |= {key: None, f"{key}_unpruned": None}
+        if case.task.file is not None:
+            continue
+        try:
+            pairs = load_pairs(varied(), case.tokenizer, len(case.heldout), "heldout", T, seed)
+        except ValueError:  # there are no such prompts, or none that fit the context
+            continue
+        pairs = pairs.to(case.heldout.ids.device)
+        out[key] = case.loss(margins(case.reduced, pairs, case.nodes))
+        out[f"{key}_unpruned"] = loss_of(margins(case.model, pairs))
+    return out
+
+
+# --- parts that do nothing -------------------------------------------------------------------
+
+def idle(case: Case) -> dict:
+    """How many single parts can go, with what then has no path, and the circuit still meets its
+    target on the pairs that it was fitted to: those are listed, but not shown to do anything. Two
+    that stand in for each other both count; none of a circuit with a certificate does."""
+    settings = case.settings
+    search = Search(case.model, case.constants, case.fit, settings.tie_qk)
+    target = settings.target_loss[0]
+    limit = case.limit if case.limit is not None else target
+    parts = parts_of(case.circuit, settings.tie_qk)
+    n = 0
+    for part in parts:
+        trial = search.fit(*without(case.circuit, part, tie_qk=settings.tie_qk), limit)
+        n += trial.loss <= limit
+    return {"idle": n, "idle_of": len(parts)}
