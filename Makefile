@@ -17,7 +17,7 @@ TARGET_while_return_true := 0.05
 .PRECIOUS: $(BRIDGE)/%/circuit.json
 
 demo: $(OUT)/$(TASK)/circuit.json
-	@echo "== 4/4 measure how far to trust it (the two controls, minutes each: $(PY) validate.py --circuit=$<), draw it"
+	@echo "== 4/4 measure how far to trust it (with controls, half an hour: $(PY) validate.py --circuit=$<), draw it"
 	@$(PY) validate.py --circuit=$< --controls=false
 	@$(PY) view.py $<
 	@echo "Open the page above in a browser."
@@ -46,7 +46,7 @@ $(OUT)/finished: $(DATA)/meta.json
 	@touch $@
 
 $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
-	@echo "== 3/4 prune to the circuit of $(TASK) (half a minute)"
+	@echo "== 3/4 prune to the circuit of $(TASK) (two minutes)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
 
 bridge: $(STEERED:%=$(BRIDGE)/steer/%/steer.json)

@@ -220,9 +220,11 @@ def test_a_file_of_pairs_is_pruned_with_all_its_answers(file_task, capsys):
     # as many pairs as there are, and one line that says so
     said = [line for line in out.splitlines() if "fewer pairs" in line]
     sizes = c["settings"]["train_pairs"], c["settings"]["heldout_pairs"]
-    assert sum(sizes) == file_task.n and c["validation"]["heldout_pairs"] == sizes[1]
-    assert c["validation"]["minimal"]["training_pairs"] == c["settings"]["fit_pairs"] == 40
-    assert len(said) == 1 and f"train_pairs={sizes[0]}, fit_pairs=40, heldout_pairs={sizes[1]}" in said[0]
+    assert sum(sizes) + c["settings"]["apart_pairs"] == file_task.n and c["settings"]["apart_pairs"] == (sizes[0] + c["settings"]["apart_pairs"]) // 4
+    assert c["validation"]["heldout_pairs"] == sizes[1]
+    assert c["validation"]["minimal"]["pairs"] == c["settings"]["fit_pairs"] == 40
+    apart = c["settings"]["apart_pairs"]
+    assert len(said) == 1 and f"train_pairs={sizes[0]}, fit_pairs=40, apart_pairs={apart}, heldout_pairs={sizes[1]}" in said[0]
 
 
 def test_the_circuit_of_a_file_is_validated_with_that_file_alone(file_task, capsys):
@@ -230,7 +232,7 @@ def test_the_circuit_of_a_file_is_validated_with_that_file_alone(file_task, caps
     options = [f"--circuit={circuit}", f"--data={circuit.parent.parent}", "--again"]
     assert validate.main(options) == 0
     card = json.loads(circuit.read_text())["validation"]
-    assert card["trustworthy"] in (True, False) and "nonsense" in card and card["resample"] > 0
+    assert card["beats_controls"]["shown"] in (True, False) and "exchanged_answers" in card["controls"] and card["resample"] > 0
     assert card["generalisation_longer"] is card["generalisation_names"] is None
 
     def refuses(says, *more):

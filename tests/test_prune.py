@@ -9,6 +9,7 @@ from collections import defaultdict
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from data import workers
 from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig, record
+from minimise import Search
 from masks import Gates, attribution, learn_masks, mend_
 from prune import SLACKS, node_means
 from tasks import TASKS, Task, margins, task_loss
@@ -320,6 +322,57 @@ def test_a_circuit_is_certified_minimal_only_where_it_was_minimised(tmp_path):
         assert SLACKS[0] * 0.34 < c["loss"] <= 0.34 and c["validation"]["minimal"]["certified"] is False
     for minimal in (True, False):
         assert toy_circuit(tmp_path, minimal=minimal, method="attribution")[2]["validation"]["minimal"]["certified"] is minimal
+
+
+def test_there_is_no_certificate_where_every_removal_would_be_refused(tmp_path):
+    """No set of nodes is missed by 3 nats: to leave nothing out for that reason says nothing."""
+    said = []
+    model, cfg, constants = toy_setup(tmp_path, minimal=True, necessity=3.0)
+    (c,) = list(prune.prune(model, TOY, Digits(), cfg, constants, said.append))
+    assert c["validation"]["minimal"] == {"certified": False} and any("not minimised" in line and "3.0 nats" in line for line in said)
+    (c,) = list(prune.prune(model, TOY, Digits(), replace(cfg, necessity=0.3), constants, said.append))
+    assert c["validation"]["minimal"]["certified"] and "less than 0.3 nats" in c["validation"]["minimal"]["statement"]
+
+
+def test_of_several_starts_the_smallest_circuit_that_holds_on_pairs_set_apart_counts(monkeypatch):
+    def circuit(edges, loss, apart, error=0.01):
+        c = SimpleNamespace(size=(edges + 1, edges), loss=loss, loss_apart=apart, error_apart=error, starts=None)
+        return c
+
+    cfg, said = prune.PruneConfig(), []
+    monkeypatch.setattr(prune, "replace", lambda c, **change: SimpleNamespace(**{**vars(c), **change}))
+    monkeypatch.setattr(prune, "with_loss_apart", lambda search, c, apart: c)
+
+    def best(*by_slack):
+        asked = []
+
+        def smallest(search, gates, ranking, aim, target, cfg, say):
+            asked.append(round(aim / target, 3))
+            return by_slack[prune.SLACKS.index(asked[-1])][ranking]
+
+        monkeypatch.setattr(prune, "smallest", smallest)
+        return prune.best_start(None, None, range(len(by_slack[0])), None, 0.15, cfg, said.append), asked
+
+    found, asked = best([circuit(9, 0.13, 0.14), circuit(5, 0.13, 0.155), circuit(3, 0.13, 0.2)])
+    assert found.size[1] == 5 and asked == 3 * [0.9] and found.starts == [(10, 9, 0.14), (6, 5, 0.155), (4, 3, 0.2)]
+    found, asked = best([circuit(5, 0.13, 0.2)], [circuit(6, 0.11, 0.15)])  # none holds: further below the target
+    assert found.size[1] == 6 and asked == [0.9, 0.75] and "none holds" in said[-1]
+    found, asked = best([circuit(5, 0.2, 0.1), circuit(4, 0.3, 0.1)])  # none meets it: the loss says so
+    assert found.size[1] == 5 and asked == 2 * [0.9]
+
+
+def test_a_loss_on_pairs_set_apart_is_plain_sums_and_its_error_shrinks_with_them(tmp_path):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model())
+    search = Search(model, constants, toy_pairs(24))
+    circuit = search.fit(all_nodes(model), all_edges(model))
+    for n in (25, 100):
+        apart = toy_pairs(n, "heldout")
+        got = prune.with_loss_apart(search, circuit, apart)
+        margin = scaled(plain_margins(model, circuit.mask, circuit.edges, constants, apart), circuit.scale, circuit.shift)
+        losses = torch.nn.functional.softplus(-margin)
+        assert got.loss_apart == pytest.approx(losses.mean().item(), abs=1e-5)
+        assert got.error_apart == pytest.approx(losses.std().item() / (2 * n) ** 0.5, rel=1e-4)
+    assert prune.with_loss_apart(search, circuit, None) is circuit and prune.holds(circuit, 0.0)
 
 
 # --- the command ----------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def make_circuit(
     writes = sorted({c for site, cs in nodes.items() if site.endswith("final_resid" if final else "delta") for c in cs})
     answers = ["')\n", "\")\n"]
     return {
-        "format": "sparse-circuit-1",
+        "format": "sparse-circuit-2",
         "model": {"dir": "out/demo", "sha256": "ab" * 32, "n_layer": n_layer, "d_model": 256,
                   "n_head": 16, "d_head": 16, "d_mlp": 1024},
         "task": "single_double_quote",
@@ -85,7 +85,9 @@ def make_circuit(
         "n_nodes": sum(map(len, nodes.values())),
         "n_edges": len(edges),
         "validation": {"sufficiency": 0.1241, "necessity": 3.412,
-                       "controls": {"random_weights": 0.69, "ok": True}},
+                       "minimal": {"certified": True, "statement": "Each of the <9> parts was left out."},
+                       "verdict": "Shown: sufficient & needed.",
+                       "controls": {"random_signs": [{"loss": 0.69, "edges": 77, "met": False, "curve": [[300, 9, 8, 0.7]]}]}},
         "examples": examples,
         "seed": 0,
         "settings": {"steps": 500, "k_coef": 1e-4, "adam": {"lr": 0.003}},
@@ -353,7 +355,8 @@ def test_browser_draws_one_mark_per_node_and_one_line_per_edge_without_error(siz
     assert "NaN" not in dom and "undefined" not in dom.split("<script")[0]
     assert re.search(r'<span[^>]*style="background: color-mix[^>]*>', dom)
     body = dom.split("<script")[0]
-    assert "controls.random_weights" in body and "3.412" in body
+    assert "controls.random_signs" in body and "0.69 nats with 77 edges, target not met" in body and "3.412" in body and "curve" not in body
+    assert "Shown: sufficient &amp; needed. Each of the &lt;9&gt; parts was left out." in body
     assert "<b>" + "hello" not in dom and "&lt;/script&gt;&lt;b&gt;" in body
 
 
