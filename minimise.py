@@ -184,11 +184,11 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     before = circuit.size
     # Where there are many parts, to price each by a trial would take minutes for every round. The
     # gradient prices all at once; what it is wrong about, the passes below mend.
-    while sum(circuit.size) > MANY_PARTS:
+    while total(circuit) > MANY_PARTS:
         smaller = leave_out_by_gradient(search, circuit, target, necessity)
         say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: by gradient to "
             f"{smaller.size[0]} nodes, {smaller.size[1]} edges")
-        if sum(smaller.size) > WORTHWHILE * sum(circuit.size):
+        if total(smaller) > WORTHWHILE * total(circuit):
             break
         circuit = smaller
 
@@ -267,8 +267,8 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
 # --- many parts at once ----------------------------------------------------------------------
 
 def first_order(search: Search, circuit: Circuit) -> dict[tuple, float]:
-    """Each part -> nats, without sign, by which the loss changes to first order where it is left
-    out: gradient x (activation - constant), summed over a quarter of the pairs."""
+    """Each part -> nats by which the loss rises, to first order, where it is left out: minus
+    gradient x (activation - constant), summed over the prompts of a quarter of the pairs."""
     reduced = without_edges(search.model, circuit, search.constants)
     gate = {site: m.float().requires_grad_() for site, m in circuit.mask.items()}
     wires = graph_of(search.model).wires
@@ -298,12 +298,12 @@ def first_order(search: Search, circuit: Circuit) -> dict[tuple, float]:
     found = {}
     for part in parts_of(circuit, search.tie_qk):
         if len(part) == 3:
-            found[part] = abs(effect[part[:2]][part[2]].item())
+            found[part] = -effect[part[:2]][part[2]].item()
             continue
         site, channel = part
-        found[part] = abs(gate[site].grad[channel].item())
+        found[part] = -gate[site].grad[channel].item()
         if search.tie_qk and site.endswith("attn.q"):
-            found[part] += abs(gate[partner(site)].grad[channel].item())
+            found[part] -= gate[partner(site)].grad[channel].item()
     return found
 
 
@@ -315,9 +315,27 @@ def _watch(seen: list, layer: int, name: str, module, inputs: tuple, output: Ten
 
 def leave_out_by_gradient(search: Search, circuit: Circuit, target: float,
                           necessity: float) -> Circuit:
-    """A circuit less as many of its parts as can go together, the least of `first_order` first."""
+    """A circuit less as many of its parts as can go together, by `first_order`: the smaller of two
+    tries. What the circuit is said to be better without goes first, to make room for what costs
+    something; or what matters least, since for a part that all hangs on the gradient may say
+    either."""
     price = first_order(search, circuit)
-    order = sorted(price, key=price.get)
+    size = {part: abs(nats) for part, nats in price.items()}
+    tries = []
+    for by in (price, size):
+        order = sorted(by, key=by.get)
+        tries.append(without_leading(search, circuit, order, target, necessity))
+    return min(tries, key=total)
+
+
+def total(circuit: Circuit) -> int:
+    """Nodes and edges together."""
+    return sum(circuit.size)
+
+
+def without_leading(search: Search, circuit: Circuit, order: list[tuple], target: float,
+                    necessity: float) -> Circuit:
+    """A circuit less as many leading parts of `order` as can go together, by bisection."""
     low = 0  # so many can go
     high = len(order)
     while high - low > max(1, len(order) // FINE):
@@ -336,10 +354,10 @@ def leave_out_by_gradient(search: Search, circuit: Circuit, target: float,
 
 def reduce_to(search: Search, circuit: Circuit, n_edges: int) -> Circuit:
     """A circuit of at most `n_edges` edges, whatever its loss: a share of the parts goes at a time,
-    the least of `first_order` first."""
+    by `first_order` what matters least first."""
     while circuit.size[1] > n_edges:
-        price = first_order(search, circuit)
-        order = sorted(price, key=price.get)
+        size = {part: abs(nats) for part, nats in first_order(search, circuit).items()}
+        order = sorted(size, key=size.get)
         n = max(1, len(order) // AT_ONCE)
         circuit = search.fit(*without(circuit, *order[:n], tie_qk=search.tie_qk))
     return circuit
