@@ -87,6 +87,14 @@ def necessity(case: Case) -> float:
     return loss_of(margins(case.model, case.heldout, inverse(case.circuit.mask, case.constants)))
 
 
+def necessity_refit(case: Case) -> dict:
+    """Necessity with a scale and shift fitted anew, 0.693 at most: what the rest of the model still
+    knows of the answers. A rest that does the task by a second way, its logits only tilted, has a
+    high necessity and a low one of these."""
+    run = partial(margins, case.model, nodes=inverse(case.circuit.mask, case.constants))
+    return {"necessity_refit": case.refit(run)}
+
+
 def zero_ablation(case: Case) -> dict:
     """Loss with zeros for means: how much the means do for the circuit (Drori 2026 prunes with
     zeros). Many nodes are never near zero: a high loss alone is no proof against it."""

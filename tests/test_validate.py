@@ -21,7 +21,7 @@ from prune import PruneConfig, node_means
 from tasks import TASKS, calibrate, load_pairs, margins
 from toy import (TOY, Digits, all_nodes, best_fit, hand_made, nats, one_thread, plain_margins, random_edges, random_model,  # noqa: F401
                  scaled, toy_circuit, toy_pairs, toy_setup)
-from measures import (Case, agreement, bank_of, complement, donor_of, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, renamed,
+from measures import (Case, agreement, bank_of, complement, donor_of, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, necessity_refit, renamed,
                       resample, resample_task, resampled, resampled_in_task, sufficiency, zero_ablation)
 from validate import verdict
 
@@ -56,6 +56,8 @@ def test_sufficiency_necessity_and_zero_ablation_are_what_plain_sums_give(tmp_pa
     assert sufficiency(case) == pytest.approx(nats(scaled(plain(means, case.heldout), 1.3, 0.4)), rel=1e-4)
     inverse = plain_margins(case.model, {s: ~m for s, m in mask.items()}, all_edges(case.model), means, case.heldout)
     assert necessity(case) == pytest.approx(nats(inverse), rel=1e-4)
+    rest = [plain_margins(case.model, {s: ~m for s, m in mask.items()}, all_edges(case.model), means, p) for p in (case.fit, case.heldout)]
+    assert necessity_refit(case)["necessity_refit"] == pytest.approx(nats(scaled(rest[1], *calibrate(rest[0].float()))), rel=1e-3)
     zeros = {s: 0 * m for s, m in means.items()}
     assert zero_ablation(case)["zero_ablation"] == pytest.approx(nats(scaled(plain(zeros, case.heldout), 1.3, 0.4)), rel=1e-4)
 
@@ -314,12 +316,12 @@ def run(met, edges):
     return {"met": met, "edges": edges, "nodes": 3, "loss": 0.1, "loss_heldout": 0.1, "loss_at_size": 0.69, "curve": []}
 
 
-GOOD = {"sufficiency": 0.1, "necessity": 2.0, "agreement_within": 0.6, "controls": {"exchanged_answers": [run(False, 5)], "random_signs": [run(True, 2)]}}
+GOOD = {"sufficiency": 0.1, "necessity": 2.0, "necessity_refit": 0.6, "agreement_within": 0.6, "controls": {"exchanged_answers": [run(False, 5)], "random_signs": [run(True, 2)]}}
 
 
 @pytest.mark.parametrize("change, word, shown", [
     ({}, None, None), ({"sufficiency": 0.159}, None, None), ({"sufficiency": 0.161}, "sufficient", False), ({"sufficiency": float("nan")}, "sufficient", False),
-    ({"necessity": 0.34}, "needed", False), ({"agreement_within": 0.29}, "follows", False),
+    ({"necessity": 0.01}, None, None), ({"necessity_refit": 0.34}, "needed", False), ({"agreement_within": 0.29}, "follows", False),
     ({"controls": {"exchanged_answers": [run(True, 29), run(False, 5)]}}, "beats_controls", False), ({"controls": {"exchanged_answers": [run(True, 30)]}}, None, None),
     ({"controls": {}}, "beats_controls", None), ({"controls": {"random_signs": [run(True, 900)]}}, "beats_controls", None)])
 def test_each_word_of_the_verdict_follows_from_its_number_alone(change, word, shown):
@@ -338,7 +340,7 @@ def test_each_word_of_the_verdict_follows_from_its_number_alone(change, word, sh
 
 def test_a_circuit_that_is_wrong_in_every_way_is_called_nothing():
     """What an earlier card called trustworthy: sufficiency 0.60, necessity 0.00, a control met at 27 edges against 26."""
-    bad = {"sufficiency": 0.6, "necessity": 0.0, "resample_task": 45.0, "agreement_within": 0.0, "controls": {"exchanged_answers": [run(True, 27)]}}
+    bad = {"sufficiency": 0.6, "necessity": 0.0, "necessity_refit": 0.0, "resample_task": 45.0, "agreement_within": 0.0, "controls": {"exchanged_answers": [run(True, 27)]}}
     got = verdict(bad, 0.15, 26)
     assert got["verdict"].startswith("Shown: nothing. Not shown: ") and "resample in the task" in got["verdict"]
     assert not any(got[key]["shown"] for key in ("sufficient", "needed", "beats_controls", "follows"))
