@@ -37,7 +37,7 @@ Edges = dict[tuple[str, str], Tensor]
 @dataclass
 class Certificate:
     """That no part of a circuit can go: what minimise.py tried, each time in vain."""
-    parts: int        # single nodes and edges, each tried alone
+    parts: int        # single nodes and edges, each tried alone; tied, a query with its key
     pairs: int        # training pairs on which the loss was measured
     target: float     # nats that the loss would pass
     necessity: float  # nats that the model would then lose less than; 0 = not asked for
@@ -399,7 +399,8 @@ def content_of(found: Found) -> dict:
         "answers": [found.tokenizer.decode([token]) for token in answers],
         "target_loss": found.target_loss,
         "loss": circuit.loss,  # on the pairs that it was fitted to
-        "loss_apart": circuit.loss_apart, "starts": circuit.starts,
+        "loss_apart": circuit.loss_apart, "error_apart": circuit.error_apart,
+        "starts": circuit.starts,
         "loss_heldout": loss_of(kept), "unpruned_loss": loss_of(unpruned),
         "ablation": settings["ablation"],
         "logit_scale": circuit.scale, "logit_shift": circuit.shift,
@@ -579,6 +580,14 @@ def _check(c: object) -> None:
         _need(isinstance(mean, list) and all(isinstance(x, NUMBER) for x in mean),
               f"'means.{site}' is not a list of numbers")
     _check_graph(c)
+    minimal = c["validation"].get("minimal", {})
+    _need(isinstance(minimal, dict), "'validation.minimal' is no object")
+    for key in ("target", "necessity"):
+        _need(isinstance(minimal.get(key, 0.0), (int, float)),
+              f"'validation.minimal.{key}' is no number")
+    controls = c["validation"].get("controls", {})
+    _need(isinstance(controls, dict) and all(isinstance(runs, list) for runs in controls.values()),
+          "'validation.controls' is not a list of runs for each control")
     for head in c.get("heads", []):  # older files lack them
         kinds = [type(x) for x in head]
         _need(kinds in ([int, int, float], [int, int, type(None)], [int, int, int])

@@ -9,9 +9,10 @@ Three levels (the critique is Drori, "Weight-sparse circuits may be interpretabl
 - *untrained wiring*: the task itself, in a model that knows nothing. Random signs on the same
   nonzero weights, weights permuted within each row, a model of the same shape before training.
 
-Each is pruned until the target is met or the loss is flat, and made minimal by the same function as
-a circuit. The number that counts: how many times as many edges nonsense needs, and how much more
-loss it has at the circuit's own number of edges. validate.py puts that first on the card.
+Each is pruned with the circuit's settings, from one start a seed, until the target is met, the loss
+is flat or nine times the steps are done, and made minimal where the circuit was. The number that
+counts: how many times as many edges nonsense needs, and how much more loss it has at the circuit's
+own number of edges. validate.py puts that first on the card.
 """
 import copy
 import hashlib
@@ -29,12 +30,16 @@ from minimise import Search, reduce_to
 from model import GPT
 from ops import keep_largest_
 from prune import SLACKS, PruneConfig, constants_of, discretise, rank, smallest
-from tasks import TASKS, Pairs, Task, calibrated, loss_of
+from tasks import TASKS, Pairs, Task, answer_ids, calibrated, loss_of
 
 MORE_STEPS = (1, 3, 9)  # times the circuit's own: until the target is met or the loss is flat
 FLAT = 0.95             # a loss that three times the steps bring down by less than a twentieth
 
 Say = Callable[[str], None]  # where progress goes, a line at a time
+
+
+class NoSuchControl(ValueError):
+    """A task that has no such control."""
 
 
 @dataclass
@@ -106,7 +111,7 @@ def foreign_answers(subject: Subject, seed: int) -> Setting:
         if known and not own & {x[0] for x in ids} and ids not in found:
             found.append(ids)
     if not found:
-        raise ValueError("there is no other task whose answers this tokenizer has")
+        raise NoSuchControl("there is no other task whose answers this tokenizer has")
     (first,), (second,) = found[seed % len(found)]
 
     def change(pairs: Pairs) -> Pairs:
@@ -120,6 +125,9 @@ def irrelevant_feature(subject: Subject, seed: int) -> Setting:
     """Which answer is right is the parity of the length of a prompt's longest word. Prompts are
     paired anew, one of each parity; each parity has as many of either true answer as of the other,
     as far as there are."""
+    if len(answer_ids(subject.train)) > 2:
+        raise NoSuchControl("the pairs ask for more than two answers")
+
     def parity(ids: list[int]) -> int:
         words = re.findall(r"\w+", subject.tokenizer.decode(ids))
         return max(map(len, words), default=0) % 2
@@ -133,7 +141,7 @@ def irrelevant_feature(subject: Subject, seed: int) -> Setting:
             for even, odd in zip(rows.get((0, true), []), rows.get((1, true), [])):
                 order.append((even, odd))
         if len(order) < 8:
-            raise ValueError("too few prompts of one parity")
+            raise NoSuchControl("too few prompts of one parity")
         flat = [row for pair in sorted(order) for row in pair]
         n = len(order)
         return Pairs(pairs.ids[flat], pairs.last[flat], pairs.answer[: 2 * n], pairs.wrong[: 2 * n])
@@ -228,28 +236,31 @@ CONTROLS = {
 # --- pruning one ------------------------------------------------------------------------------
 
 def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -> dict | None:
-    """Prune one control for one seed, until the target is met or the loss is flat; then make it
-    minimal. n_edges: the circuit's own. None where the task has no such control.
+    """Prune one control for one seed, until the target is met, the loss is flat or MORE_STEPS are
+    done; then make it minimal where the circuit was. n_edges: the circuit's own. None where the
+    task has no such control.
 
     `nodes`, `edges`; `loss`, on the pairs it was found on, and `loss_heldout`, nats; `met`, whether
-    that meets the target; `curve`, [steps, nodes, edges, loss] of each try; `loss_at_size`, with at
-    most n_edges edges.
+    that meets the target, `flat`, whether more steps hardly helped; `curve`, [steps, nodes, edges,
+    loss] of each try; `loss_at_size`, with at most n_edges edges.
     """
     try:
         setting = CONTROLS[key].setting(subject, seed)
-    except ValueError as e:
+    except NoSuchControl as e:
         say(f"not to be had: {e}")
         return None
-    settings = replace(subject.settings, seed=subject.settings.seed + seed, tie_qk=False)
+    settings = replace(subject.settings, seed=subject.settings.seed + seed)
     target = settings.target_loss[0]
     fit = setting.train.first(settings.fit_pairs)
-    gates = Gates(setting.model, tie_qk=False)
-    search = Search(setting.model, setting.constants, fit)
+    gates = Gates(setting.model, settings.tie_qk)
+    search = Search(setting.model, setting.constants, fit, settings.tie_qk)
     curve = []
     for times in MORE_STEPS:
         cfg = replace(settings, steps=settings.steps * times)
         ranking = rank(setting.model, setting.train, setting.constants, gates, cfg, quiet)
         circuit = discretise(search, gates, ranking, SLACKS[0] * target)
+        if not circuit.loss <= SLACKS[0] * target:
+            circuit = discretise(search, gates, ranking, target)
         curve.append([cfg.steps, *circuit.size, circuit.loss])
         say(f"{cfg.steps} steps: {circuit.size[0]} nodes, {circuit.size[1]} edges, "
             f"loss {circuit.loss:.3f}")
@@ -267,6 +278,7 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
         "nodes": circuit.size[0],
         "edges": circuit.size[1],
         "met": met,
+        "flat": flat,
         "curve": curve,
         "loss_at_size": reduce_to(search, circuit, n_edges).loss,
     }

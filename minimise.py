@@ -302,7 +302,8 @@ def first_order(search: Search, circuit: Circuit) -> dict[tuple, float]:
             continue
         site, channel = part
         found[part] = -gate[site].grad[channel].item()
-        if search.tie_qk and site.endswith("attn.q"):
+        # a key that is not in the circuit does not go with its query
+        if search.tie_qk and site.endswith("attn.q") and circuit.mask[partner(site)][channel]:
             found[part] -= gate[partner(site)].grad[channel].item()
     return found
 
@@ -359,7 +360,11 @@ def reduce_to(search: Search, circuit: Circuit, n_edges: int) -> Circuit:
         size = {part: abs(nats) for part, nats in first_order(search, circuit).items()}
         order = sorted(size, key=size.get)
         n = max(1, len(order) // AT_ONCE)
-        circuit = search.fit(*without(circuit, *order[:n], tie_qk=search.tie_qk))
+        smaller = search.fit(*without(circuit, *order[:n], tie_qk=search.tie_qk))
+        while n > 1 and smaller.size[1] < n_edges:  # too far: nodes take their edges with them
+            n = n // 2
+            smaller = search.fit(*without(circuit, *order[:n], tie_qk=search.tie_qk))
+        circuit = smaller
     return circuit
 
 

@@ -5,7 +5,7 @@
   attribution, to compare with (Fig. 31).
 - Bisection for the fewest leading nodes that meet the target; with --minimal, minimise.py leaves
   no node or edge more than that needs. Of the seeds' circuits the smallest counts that also holds
-  on pairs set apart. Then what circuit.py measures, and validate.py sharpens.
+  on pairs set apart, within a standard error. Then what circuit.py measures.
 
     python prune.py --model=out/demo --task=single_double_quote
     python prune.py --model=out/demo --task=all --minimal --jobs=2
@@ -42,7 +42,7 @@ from tokens import check_tokenizer, random_windows, window_of
 # The search aims this far below the target on the pairs that it looks at, so that others meet it
 # too; and further where pairs set apart say that this was not enough.
 SLACKS = (0.9, 0.75, 0.6)
-WIDE = 2  # minimising starts from so many times the gates that learning left open
+WIDE = (2, 1)  # times the gates that learning left open: what minimising starts from
 FEWEST_APART = 4  # of a file with few pairs, one in so many is set apart
 NEXT_START = 1_000_003  # between the seeds of one run: a prime, far from any other seed
 
@@ -187,9 +187,10 @@ def smallest(search: Search, gates: Gates, ranking: Ranking, aim: float, target:
     if cfg.minimal:
         # The fewest gates are all needed for each other, and little can go; among more, what can
         # stand in for a part is still there.
-        circuit = leading_gates(search, gates, ranking, WIDE * ranking.n_open)
-        if meets(search, circuit, aim, necessity):
-            return minimise(search, circuit, aim, say, cfg.necessity)
+        for times in WIDE:
+            circuit = leading_gates(search, gates, ranking, times * ranking.n_open)
+            if meets(search, circuit, aim, necessity):
+                return minimise(search, circuit, aim, say, cfg.necessity)
 
     circuit = discretise(search, gates, ranking, aim, necessity)
     fit_for = meets(search, circuit, aim, necessity)
@@ -213,7 +214,8 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
     """The circuits of one model and task, one per target loss, found on `pairs` (paper A.5).
 
     Masks are learnt from several seeds, because one of them may end in twice the edges of another;
-    of their circuits the smallest counts that holds on the pairs set `apart` (None: any holds).
+    of their circuits the smallest counts that holds on the pairs set `apart`, within a standard
+    error of its loss there (None: any holds).
     Where a target cannot be met, the circuit's loss says so.
     """
     gates = Gates(model, cfg.tie_qk)
@@ -228,23 +230,26 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
 
 def best_start(search: Search, gates: Gates, rankings: list[Ranking], apart: Pairs | None,
                target: float, cfg: PruneConfig, say=print) -> Circuit:
-    """Of the circuits of several starts the one with the fewest edges, of those that hold."""
+    """Of the circuits of several starts the one with the fewest edges, of those that hold; where
+    none does, further below the target, and in the end the one with the lowest loss on pairs set
+    apart. One that is minimal comes before one that is not."""
+    tried = []
     for slack in SLACKS:
-        tried = []
         for ranking in rankings:
             circuit = smallest(search, gates, ranking, slack * target, target, cfg, say)
             tried.append(with_loss_apart(search, circuit, apart))
-        sizes = [(*circuit.size, circuit.loss_apart) for circuit in tried]
-        tried = [replace(circuit, starts=sizes) for circuit in tried]
         met = [circuit for circuit in tried if circuit.loss <= target]
-        if not met:
-            return min(tried, key=lambda circuit: circuit.loss)
         held = [circuit for circuit in met if holds(circuit, target)]
         if held:
-            return min(held, key=lambda circuit: (circuit.size[1], circuit.size[0]))
-        say(f"  none holds on pairs set apart (the best has "
-            f"{min(circuit.loss_apart for circuit in met):.3f} nats)")
-    return min(met, key=lambda circuit: circuit.loss_apart)
+            chosen = min(held, key=lambda c: (c.certificate is None, c.size[1], c.size[0]))
+            break
+        if not met:  # nor would it be met further below
+            chosen = min(tried, key=lambda circuit: circuit.loss)
+            break
+        chosen = min(met, key=lambda circuit: circuit.loss_apart)
+        say(f"  none holds on pairs set apart (the best has {chosen.loss_apart:.3f} nats)")
+    sizes = [(*circuit.size, circuit.loss_apart) for circuit in tried]
+    return replace(chosen, starts=sizes)
 
 
 def with_loss_apart(search: Search, circuit: Circuit, apart: Pairs | None) -> Circuit:
@@ -292,7 +297,7 @@ def sized(cfg: PruneConfig, task: Task, pairs: Pairs, heldout: Pairs, say=print)
     n_apart = cfg.apart_pairs
     if len(pairs) < cfg.train_pairs + cfg.apart_pairs:
         n_apart = min(n_apart, len(pairs) // FEWEST_APART)
-    n_train = len(pairs) - n_apart
+    n_train = min(cfg.train_pairs, len(pairs) - n_apart)
     fits = replace(cfg, train_pairs=n_train, apart_pairs=n_apart, heldout_pairs=len(heldout),
                    fit_pairs=min(cfg.fit_pairs, n_train))
     if fits != cfg:
@@ -304,7 +309,7 @@ def sized(cfg: PruneConfig, task: Task, pairs: Pairs, heldout: Pairs, say=print)
 
 def set_apart(pairs: Pairs, cfg: PruneConfig) -> tuple[Pairs, Pairs | None]:
     """The pairs to find circuits on, and those set apart."""
-    order = torch.arange(len(pairs), device=pairs.ids.device)
+    order = torch.arange(cfg.train_pairs + cfg.apart_pairs, device=pairs.ids.device)
     train, apart = order.split([cfg.train_pairs, cfg.apart_pairs])
     return pairs.take(train), pairs.take(apart) if len(apart) else None
 

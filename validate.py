@@ -55,7 +55,7 @@ class ValidateConfig:
     circuit: str = "out/demo/single_double_quote/circuit.json"  # or a directory of tasks' folders
     model: str = ""                 # "" = the directory that the circuit names
     task: str = ""                  # a file of pairs that was moved; "" = where the circuit says
-    data: str = "data/tinypython"   # train.bin: resampled values, means of the shuffled model
+    data: str = "data/tinypython"   # train.bin: resampled values, means of the controls
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = one_of("cpu", "cuda")
     window: int = bounded(0, at_least=0)  # tokens of data at a time; 0 = as when it was pruned
@@ -283,7 +283,8 @@ def case_of(cfg: ValidateConfig, content: dict) -> Case:
     settings = settings_from_file(content)
     # of a circuit from before there were windows, as it is now; the folder may have moved
     window = window_of(folder, model.config.block_size, cfg.window or settings.window)
-    settings = replace(settings, model=folder, window=window)
+    settings = replace(settings, model=folder, window=window, tokenizer=cfg.tokenizer)
+    minimal = content["validation"].get("minimal", {})
 
     def draw(n: int, split: str) -> Pairs:
         T = model.config.block_size
@@ -294,7 +295,7 @@ def case_of(cfg: ValidateConfig, content: dict) -> Case:
         settings=settings, train=draw(settings.train_pairs, "train"),
         heldout=draw(settings.heldout_pairs, "heldout"),
         data=os.path.join(cfg.data, "train.bin"), seed=cfg.seed,
-        limit=content["validation"].get("minimal", {}).get("target"),
+        limit=minimal.get("target"), missed=minimal.get("necessity", 0.0),
     )
 
 

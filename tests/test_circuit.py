@@ -387,6 +387,9 @@ EDITS = {
     "a missing mean": lambda c: c["means"].pop("0.attn.v") and None,
     "a mean in words": lambda c: edit(c, "means", "0.attn.v", 0, to="zero"),
     "means as one number": lambda c: edit(c, "means", "0.attn.v", to=0.5),
+    "a certificate that is a list": lambda c: edit(c, "validation", "minimal", to=[]),
+    "a certificate in words": lambda c: edit(c, "validation", "minimal", "target", to="x"),
+    "controls that are no lists": lambda c: edit(c, "validation", "controls", to={"random_signs": {}}),
     "no means of a site": lambda c: edit(c, "means", "0.attn.v", to=None),
 }
 

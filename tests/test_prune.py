@@ -336,7 +336,7 @@ def test_there_is_no_certificate_where_every_removal_would_be_refused(tmp_path):
 
 def test_of_several_starts_the_smallest_circuit_that_holds_on_pairs_set_apart_counts(monkeypatch):
     def circuit(edges, loss, apart, error=0.01):
-        c = SimpleNamespace(size=(edges + 1, edges), loss=loss, loss_apart=apart, error_apart=error, starts=None)
+        c = SimpleNamespace(size=(edges + 1, edges), loss=loss, loss_apart=apart, error_apart=error, starts=None, certificate=1)
         return c
 
     cfg, said = prune.PruneConfig(), []
@@ -357,6 +357,8 @@ def test_of_several_starts_the_smallest_circuit_that_holds_on_pairs_set_apart_co
     assert found.size[1] == 5 and asked == 3 * [0.9] and found.starts == [(10, 9, 0.14), (6, 5, 0.155), (4, 3, 0.2)]
     found, asked = best([circuit(5, 0.13, 0.2)], [circuit(6, 0.11, 0.15)])  # none holds: further below the target
     assert found.size[1] == 6 and asked == [0.9, 0.75] and "none holds" in said[-1]
+    found, asked = best([circuit(5, 0.13, 0.17)], [circuit(6, 0.11, 0.2)], [circuit(7, 0.09, 0.3)])  # not even then: the best of all
+    assert found.size[1] == 5 and asked == [0.9, 0.75, 0.6] and len(found.starts) == 3
     found, asked = best([circuit(5, 0.2, 0.1), circuit(4, 0.3, 0.1)])  # none meets it: the loss says so
     assert found.size[1] == 5 and asked == 2 * [0.9]
 

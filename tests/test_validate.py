@@ -308,6 +308,8 @@ def test_idle_parts_are_those_without_which_the_target_is_met_all_the_same(tmp_p
     wider = replace(case, circuit=replace(circuit, mask=mask, edges=all_edges(model)))
     wider.circuit.edges = between(model, mask)
     assert idle(wider)["idle"] == 5 and idle(wider)["idle_of"] == 10  # three nodes and two edges
+    # what is kept so that the model misses the circuit is not idle
+    assert idle(replace(wider, missed=99.0))["idle"] == 0
 
 
 # --- the verdict ----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Digits:
     n_vocab = 10
 
     def encode_ordinary(self, text):
-        return [int(c) for c in text]
+        return [int(c) for c in text if c.isdigit()]
 
     def decode(self, ids):
         return "".join(map(str, ids))

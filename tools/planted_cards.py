@@ -19,16 +19,15 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse
 
 from torch import Tensor
 
-from circuit import Circuit, Nodes, alone, drop_unconnected, edges_of, inverse
+from circuit import Circuit, Nodes, alone, drop_unconnected, edges_of
 from data.tinypython.tokenizer import load_tokenizer
-from measures import Case, agreement, correlation, idle, necessity, sufficiency
+from measures import Case, agreement, correlation, idle, necessity, necessity_refit, sufficiency
 from minimise import Search, minimise
 from model import GPT
 from prune import PruneConfig, constants_of
@@ -38,9 +37,9 @@ from tools.planted import (PROMPT, Planted, PlantedConfig, as_circuit, cell, nee
 from validate import verdict
 
 Parts = tuple[set, set]  # nodes (site, channel), edges (site, channel, site, channel)
-MOST_EXTRA = 5  # idle parts that are added
-TRIES = 200     # of drawing something at random, before we say that there is none
-VISITS = 2000   # steps of one search for a copy, before it begins anew with other draws
+MOST_EXTRA = 5    # idle parts that are added
+TRIES = 200       # of drawing something at random, before we say that there is none
+VISITS = 100_000  # steps of one search for a copy, before it begins anew with other draws
 NOT_TRUE = {"sufficient", "needed"}
 # What the judge must say of each kind: that it lacks one of these; of `true`, nothing.
 FLAWS = {"true": set(), "nothing": NOT_TRUE, "missing": NOT_TRUE, "idle": {"idle"},
@@ -299,13 +298,11 @@ def card_of(subject: Subject, kind: str, parts: Parts) -> Card:
         circuit=circuit, constants=subject.constants, settings=subject.settings,
         train=subject.planted.pairs, heldout=subject.heldout, data="", seed=0)
     card = {"sufficiency": sufficiency(case), "necessity": necessity(case)}
-    card |= idle(case) | agreement(case)
+    card |= necessity_refit(case) | idle(case) | agreement(case)
     shown = verdict(card, subject.settings.target_loss[0], circuit.size[1])
     lacks = {key for key in NOT_TRUE if not shown[key]["shown"]}
     lacks |= {"idle"} if card["idle"] else set()
-    rest = partial(margins, subject.model, nodes=inverse(circuit.mask, subject.constants))
-    numbers = {"loss": circuit.loss, **card, "beyond": beyond(subject, circuit),
-               "necessity_refit": case.refit(rest)}
+    numbers = {"loss": circuit.loss, **card, "beyond": beyond(subject, circuit)}
     return Card(kind, subject.name, circuit.size, numbers, shown["follows"]["shown"], lacks)
 
 
