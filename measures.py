@@ -312,17 +312,36 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
 
 
+def partial_correlation(a: Tensor, b: Tensor, c: Tensor) -> float:
+    """Of a and b where c is held still; 0 where that leaves nothing of one of them."""
+    ab = correlation(a, b)
+    ac = correlation(a, c)
+    bc = correlation(b, c)
+    left = (1 - ac * ac) * (1 - bc * bc)
+    return (ab - ac * bc) / left ** 0.5 if left > 1e-6 else 0.0
+
+
 def agreement(case: Case) -> dict:
     """Correlation of the circuit's and the model's logit differences, first answer - second: that
     it follows the model. Two that are both right agree by the labels alone; hence also the mean
-    within one answer's prompts, where labels tell nothing. Neither sees scale and shift."""
+    within one answer's prompts, where labels tell nothing; and that beyond a circuit of no node at
+    all, for the last token's embedding and its bigrams are in every circuit and in the model. None
+    of them sees scale and shift."""
     # margins are right minus wrong: in row 0 the first answer is right, in row 1 the second
     circuit = margins(case.reduced, case.heldout, case.nodes).double().view(-1, 2).T
     model = margins(case.model, case.heldout).double().view(-1, 2).T
+    none = ablate({site: torch.zeros_like(m) for site, m in case.circuit.mask.items()},
+                  case.constants)
+    empty = margins(case.model, case.heldout, none).double().view(-1, 2).T
     of_circuit = torch.cat([circuit[0], -circuit[1]])
     of_model = torch.cat([model[0], -model[1]])
-    within = correlation(circuit[0], model[0]) + correlation(circuit[1], model[1])
-    return {"agreement": correlation(of_circuit, of_model), "agreement_within": within / 2}
+    within = 0.0
+    beyond = 0.0
+    for a, b, c in zip(circuit, model, empty):  # one answer's prompts, then the other's
+        within += correlation(a, b) / 2
+        beyond += partial_correlation(a, b, c) / 2
+    return {"agreement": correlation(of_circuit, of_model), "agreement_within": within,
+            "agreement_beyond": beyond}
 
 
 def longer(task: Task, tokenizer, block_size: int) -> Task:

@@ -45,7 +45,8 @@ HELD_OUT = 0.01   # nats by which held-out pairs may put a circuit above its tar
 # for a task leave each other's logits tilted, and only that would look like a need.
 NECESSARY = 0.35
 BEATS = 3.0       # times its edges that learnable nonsense needs, in the luckiest run of any
-FOLLOWS = 0.3     # correlation with the model where the labels are all alike: 0 says labels alone
+# Correlation with the model where neither labels nor the last token tell: of no node it is 0.
+FOLLOWS = 0.3
 
 Say = Callable[[str], None]  # where progress goes, a line at a time
 
@@ -88,7 +89,7 @@ LINES = (
     Line("half the complement", "complement_random", f"worst of {SUBSETS}", "complement_worst",
          strict=True),
     Line("frozen norms", "frozen_norms", "recalibrated", "frozen_norms_refit", strict=True),
-    Line("agreement (no nats)", "agreement", "within one answer", "agreement_within"),
+    Line("agreement (no nats)", "agreement", "beyond the last token", "agreement_beyond"),
     Line("longer prompts", "generalisation_longer",
          "unpruned model", "generalisation_longer_unpruned", strict=True),
     Line("other names", "generalisation_names",
@@ -151,7 +152,7 @@ def verdict(card: dict, target: float, n_edges: int) -> dict:
         "sufficient": claim(card["sufficiency"], at_most=target + HELD_OUT),
         "needed": claim(card.get("necessity_refit"), at_least=NECESSARY),
         "beats_controls": claim(None if level is None else level[0], at_least=BEATS),
-        "follows": claim(card.get("agreement_within"), at_least=FOLLOWS),
+        "follows": claim(card.get("agreement_beyond"), at_least=FOLLOWS),
     }
     nonsense = "controls not run"
     if level is not None:
@@ -161,7 +162,8 @@ def verdict(card: dict, target: float, n_edges: int) -> dict:
         "needed": f"needed ({show(card.get('necessity_refit'))} nats without it, recalibrated",
         "beats_controls": f"beats nonsense ({nonsense}",
         "follows": "follows the model "
-                   f"(correlation {show(card.get('agreement_within'))} within one answer",
+                   f"(correlation {show(card.get('agreement_beyond'))} within one answer, beyond "
+                   "what the last token says",
     }
     yes = []
     no = []

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from measures import partial_correlation
 from data.tinypython.tokenizer import load_tokenizer
 from tasks import TASKS
 from tools.planted_cards import (
     MOST_EXTRA, Card, CardsConfig, a_copy, card_of, circuits, everything, fitted, has_paths, main, missing,
-    partial_correlation, report, second_way, subject_of, with_idle, without_part)
+    report, second_way, subject_of, with_idle, without_part)
 from toy import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,8 +146,8 @@ def test_the_judge_tells_the_kinds_apart(subject, every):
 def test_what_no_node_has_does_not_count_beyond(subject):
     nothing = card_of(subject, "nothing", (set(), set()))
     assert nothing.lacks == {"sufficient", "needed"} and nothing.size == (0, 0)
-    assert nothing.numbers["beyond"] == 0 < 0.1 < nothing.numbers["agreement_within"]
-    assert card_of(subject, "true", subject.true).numbers["beyond"] > 0.5
+    assert nothing.numbers["agreement_beyond"] == 0 < 0.1 < nothing.numbers["agreement_within"]
+    assert card_of(subject, "true", subject.true).numbers["agreement_beyond"] > 0.5
 
 
 def test_of_two_copies_neither_is_needed_and_of_both_each_part_can_go(config, tokenizer):
@@ -180,7 +181,7 @@ def test_a_partial_correlation_takes_out_what_both_share():
 
 def test_the_report_counts_and_leaves_copies_out_of_the_total():
     numbers = dict.fromkeys(
-        ["sufficiency", "necessity", "necessity_refit", "idle", "agreement", "agreement_within", "beyond"], 0.5)
+        ["sufficiency", "necessity", "necessity_refit", "idle", "agreement", "agreement_within", "agreement_beyond"], 0.5)
     cards = [Card(kind, "", (1, 1), numbers, False, lacks) for kind, lacks in [
         ("true", set()), ("missing", {"needed"}), ("wrong", set()), ("idle", {"sufficient"}),
         ("both", set())]]

@@ -227,11 +227,17 @@ def test_agreement_is_the_correlation_of_logit_differences(tmp_path):
     got = agreement(case)
     assert got["agreement"] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-3)
     assert got["agreement_within"] == pytest.approx(np.mean([np.corrcoef(a[i::2], b[i::2])[0, 1] for i in (0, 1)]), abs=1e-3)
+    none = {s: torch.zeros_like(m) for s, m in case.circuit.mask.items()}
+    c, beyond = plain_margins(case.model, none, case.circuit.edges, case.constants, case.heldout).numpy() * sign, []
+    for i in (0, 1):  # what is left of both once the circuit of no node is regressed out
+        left = [x[i::2] - np.polyval(np.polyfit(c[i::2], x[i::2], 1), c[i::2]) for x in (a, b)]
+        beyond.append(np.corrcoef(*left)[0, 1])
+    assert got["agreement_beyond"] == pytest.approx(np.mean(beyond), abs=2e-3)
     same = agreement(whole(case))
     assert same["agreement"] == pytest.approx(1) and same["agreement_within"] == pytest.approx(1)
     case.model.transformer.wpe.weight.zero_()
     nothing = replace(case, circuit=replace(case.circuit, mask=all_nodes(case.model, False)))  # it knows the last token, which never varies
-    assert agreement(nothing)["agreement_within"] == pytest.approx(0, abs=1e-6)
+    assert agreement(nothing)["agreement_within"] == agreement(nothing)["agreement_beyond"] == pytest.approx(0, abs=1e-6)
 
 
 tokenizer = load_tokenizer(DEFAULT)
@@ -292,8 +298,11 @@ def test_generalisation_is_the_calibrated_loss_on_those_pairs_and_the_models_own
         assert got[f"generalisation_{kind}"] == pytest.approx(nats(scaled(plain, 1.3, 0.4)), rel=1e-3)
 
 
-def test_generalisation_is_not_stated_where_there_are_no_such_prompts(tmp_path):
-    assert set(generalisation(random_case(tmp_path)).values()) == {None}  # digits have no names, and are no functions
+def test_generalisation_is_not_stated_where_there_are_no_such_prompts(tmp_path, monkeypatch):
+    got = generalisation(random_case(tmp_path))  # digits have no names
+    assert got["generalisation_names"] is got["generalisation_names_unpruned"] is None
+    monkeypatch.setattr(measures, "load_pairs", lambda *_: (_ for _ in ()).throw(ValueError("none that fits the context")))
+    assert set(generalisation(random_case(tmp_path)).values()) == {None}
 
 
 # --- idle parts -----------------------------------------------------------------------------------
@@ -318,12 +327,12 @@ def run(met, edges):
     return {"met": met, "edges": edges, "nodes": 3, "loss": 0.1, "loss_heldout": 0.1, "loss_at_size": 0.69, "curve": []}
 
 
-GOOD = {"sufficiency": 0.1, "necessity": 2.0, "necessity_refit": 0.6, "agreement_within": 0.6, "controls": {"exchanged_answers": [run(False, 5)], "random_signs": [run(True, 2)]}}
+GOOD = {"sufficiency": 0.1, "necessity": 2.0, "necessity_refit": 0.6, "agreement_beyond": 0.6, "controls": {"exchanged_answers": [run(False, 5)], "random_signs": [run(True, 2)]}}
 
 
 @pytest.mark.parametrize("change, word, shown", [
     ({}, None, None), ({"sufficiency": 0.159}, None, None), ({"sufficiency": 0.161}, "sufficient", False), ({"sufficiency": float("nan")}, "sufficient", False),
-    ({"necessity": 0.01}, None, None), ({"necessity_refit": 0.34}, "needed", False), ({"agreement_within": 0.29}, "follows", False),
+    ({"necessity": 0.01}, None, None), ({"necessity_refit": 0.34}, "needed", False), ({"agreement_within": 0.9, "agreement_beyond": 0.29}, "follows", False),
     ({"controls": {"exchanged_answers": [run(True, 29), run(False, 5)]}}, "beats_controls", False), ({"controls": {"exchanged_answers": [run(True, 30)]}}, None, None),
     ({"controls": {}}, "beats_controls", None), ({"controls": {"random_signs": [run(True, 900)]}}, "beats_controls", None)])
 def test_each_word_of_the_verdict_follows_from_its_number_alone(change, word, shown):
@@ -342,7 +351,7 @@ def test_each_word_of_the_verdict_follows_from_its_number_alone(change, word, sh
 
 def test_a_circuit_that_is_wrong_in_every_way_is_called_nothing():
     """What an earlier card called trustworthy: sufficiency 0.60, necessity 0.00, a control met at 27 edges against 26."""
-    bad = {"sufficiency": 0.6, "necessity": 0.0, "necessity_refit": 0.0, "resample_task": 45.0, "agreement_within": 0.0, "controls": {"exchanged_answers": [run(True, 27)]}}
+    bad = {"sufficiency": 0.6, "necessity": 0.0, "necessity_refit": 0.0, "resample_task": 45.0, "agreement_beyond": 0.0, "controls": {"exchanged_answers": [run(True, 27)]}}
     got = verdict(bad, 0.15, 26)
     assert got["verdict"].startswith("Shown: nothing. Not shown: ") and "resample in the task" in got["verdict"]
     assert not any(got[key]["shown"] for key in ("sufficient", "needed", "beats_controls", "follows"))
@@ -422,7 +431,7 @@ def test_a_complete_card_is_not_measured_again_unless_asked_or_set_otherwise(com
 
     def measure(case, stated, seeds, say):
         next(calls)
-        card = {line.key: 0.5 for line in validate.LINES} | {"agreement_within": 0.5, "idle_of": 1}
+        card = {line.key: 0.5 for line in validate.LINES} | {"agreement_beyond": 0.5, "idle_of": 1, "necessity_refit": 0.5}
         card |= {"controls": {"exchanged_answers": seeds * [run(False, 1)]}} if seeds else {}
         return card | verdict(card, 0.15, 2)
 

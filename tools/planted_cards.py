@@ -23,15 +23,13 @@ from dataclasses import dataclass
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse
 
-from torch import Tensor
-
-from circuit import Circuit, Nodes, alone, drop_unconnected, edges_of
+from circuit import Circuit, Nodes, drop_unconnected, edges_of
 from data.tinypython.tokenizer import load_tokenizer
-from measures import Case, agreement, correlation, idle, necessity, necessity_refit, sufficiency
+from measures import Case, agreement, idle, necessity, necessity_refit, sufficiency
 from minimise import Search, minimise
 from model import GPT
 from prune import PruneConfig, constants_of
-from tasks import Pairs, answer_ids, load_pairs, margins
+from tasks import Pairs, answer_ids, load_pairs
 from tools.planted import (PROMPT, Planted, PlantedConfig, as_circuit, cell, needed, parts_found,
                            plant, quiet, truth_of, words_of)
 from validate import verdict
@@ -80,9 +78,6 @@ class Subject:
     def __post_init__(self):
         self.model = self.planted.model
         self.true = self.truths[0]
-        # what every circuit has in common with the model: margins of both, and of no node at all
-        nothing = alone(self.model, fitted(self, (set(), set())), self.constants)
-        self.common = margins(self.model, self.heldout), nothing(self.heldout)
 
 
 def planted_config(cfg: CardsConfig) -> PlantedConfig:
@@ -146,24 +141,27 @@ def missing(subject: Subject, n: int, rng: random.Random) -> list[Parts]:
     return [least, *found][:n]
 
 
-def with_idle(subject: Subject, every: Parts, rng: random.Random) -> Parts:
+def with_idle(subject: Subject, every: Parts, rng: random.Random, tries: int = 20) -> Parts:
     """The true circuit and one to `MOST_EXTRA` parts more, all of them with a path."""
     into = defaultdict(list)  # node -> the edges that end there
     for edge in sorted(every[1]):
         into[edge[2:]].append(edge)
     ends = sorted(node for node in every[0] if node[0].endswith("resid_delta"))
     nodes, edges = subject.true
-    while edges == subject.true[1]:
-        room = rng.randint(1, MOST_EXTRA)
-        for _ in range(TRIES):
-            end = rng.choice(rng.choice([sorted(nodes), ends]))
-            more = detour(nodes, edges, end, into, rng)
-            grown = nodes | more[0], edges | more[1]
-            n = len(more[0]) + len(more[1])
-            if more[1] and n <= room and has_paths(subject, grown):
-                nodes, edges = grown
-                room -= n
-    return nodes, edges
+    room = rng.randint(1, MOST_EXTRA)
+    for _ in range(TRIES):
+        end = rng.choice(rng.choice([sorted(nodes), ends]))
+        more = detour(nodes, edges, end, into, rng)
+        grown = nodes | more[0], edges | more[1]
+        n = len(more[0]) + len(more[1])
+        if more[1] and n <= room and has_paths(subject, grown):
+            nodes, edges = grown
+            room -= n
+    if edges != subject.true[1]:
+        return nodes, edges
+    if tries == 0:
+        raise ValueError(f"{subject.name} has no idle path of at most {MOST_EXTRA} parts")
+    return with_idle(subject, every, rng, tries - 1)  # with other room
 
 
 def detour(nodes: set, edges: set, end: tuple, into: dict, rng: random.Random) -> Parts:
@@ -302,23 +300,8 @@ def card_of(subject: Subject, kind: str, parts: Parts) -> Card:
     shown = verdict(card, subject.settings.target_loss[0], circuit.size[1])
     lacks = {key for key in NOT_TRUE if not shown[key]["shown"]}
     lacks |= {"idle"} if card["idle"] else set()
-    numbers = {"loss": circuit.loss, **card, "beyond": beyond(subject, circuit)}
+    numbers = {"loss": circuit.loss, **card}
     return Card(kind, subject.name, circuit.size, numbers, shown["follows"]["shown"], lacks)
-
-
-def beyond(subject: Subject, circuit: Circuit) -> float:
-    """Agreement within one answer beyond that of a circuit of no node: what the last token says by
-    its embedding and by bigrams is in every circuit and in the model. A partial correlation."""
-    kept = alone(subject.model, circuit, subject.constants)(subject.heldout)
-    of_each = [margin.double().view(-1, 2).T for margin in (kept, *subject.common)]
-    return sum(partial_correlation(*rows) for rows in zip(*of_each)) / 2
-
-
-def partial_correlation(a: Tensor, b: Tensor, c: Tensor) -> float:
-    """Of a and b where c is held still; 0 where that leaves nothing of one of them."""
-    ab, ac, bc = correlation(a, b), correlation(a, c), correlation(b, c)
-    left = (1 - ac * ac) * (1 - bc * bc)
-    return (ab - ac * bc) / left ** 0.5 if left > 1e-6 else 0.0
 
 
 def circuits(subject: Subject, cfg: CardsConfig) -> Iterator[tuple[str, Parts]]:
@@ -346,7 +329,7 @@ def circuits(subject: Subject, cfg: CardsConfig) -> Iterator[tuple[str, Parts]]:
 
 
 COLUMNS = {"sufficiency": ".3f", "necessity": ".2f", "necessity_refit": ".2f", "idle": ".0f",
-           "agreement": ".2f", "agreement_within": ".2f", "beyond": ".2f"}
+           "agreement": ".2f", "agreement_within": ".2f", "agreement_beyond": ".2f"}
 
 
 def report(cards: list[Card]) -> str:
