@@ -157,6 +157,8 @@ def verdict(card: dict, target: float, n_edges: int) -> dict:
     nonsense = "controls not run"
     if level is not None:
         nonsense = f"nonsense needs {times(level[0])} its edges"
+        if level[2] == 0:
+            nonsense = f"nonsense met the target in none of {level[3]} runs"
     said = {
         "sufficient": f"sufficient ({show(card['sufficiency'])} nats on held-out pairs",
         "needed": f"needed ({show(card.get('necessity_refit'))} nats without it, recalibrated",
@@ -197,9 +199,7 @@ def claim(value: float | None, at_least: float | None = None,
 
 
 def times(factor: float) -> str:
-    if not math.isfinite(factor):
-        return "more than any number of"
-    return f"{factor:.1f} times"
+    return f"{factor:.1f} times" if math.isfinite(factor) else "more than any number of"
 
 
 def show(x) -> str:
@@ -218,8 +218,10 @@ def card_text(content: dict) -> str:
         factor = factor_of(runs, v["n_edges"], level)
         if factor is not None:
             least, middle, met, n = factor
-            rows.append(f"  {name} needs {times(least)} its edges at least, {times(middle)} in the "
-                        f"median of {n} runs, of which {met} met the target at all")
+            row = f"  {name}: {met} of {n} runs met the target"
+            if met:
+                row += f", with {times(least)} its edges at least ({times(middle)} in the median)"
+            rows.append(row)
     for line in LINES:
         beside = f"{line.beside} {show(v.get(line.beside_key))}"
         note = f"   ({line.note})" if line.note else ""
