@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import nearest, write_atomic
-from model import GPT, SITES, weights_hash
+from model import GPT, SITES, NodeFn, weights_hash
 from ops import gated
 from tasks import Pairs, Task, calibrated, loss_of, margins
 
@@ -90,19 +90,25 @@ def held_at(site: str) -> str:
     return f"{site[:-1]}y" if site.endswith("attn.v") else site
 
 
-def ablate(gates: Nodes, constants: Nodes):
+def where_held(sites: Iterable[str], change: NodeFn) -> NodeFn:
+    """A node function: change(site, x) for each node site of `sites`, x being what passes where
+    that is held; all else as it is."""
+    held = {held_at(site): site for site in sites}
+
+    def node(site: str, x: Tensor) -> Tensor:
+        return change(held[site], x) if site in held else x
+    return node
+
+
+def ablate(gates: Nodes, constants: Nodes) -> NodeFn:
     """A node function: gate * x + (1 - gate) * constant for every site of `gates` (paper A.5),
     where `held_at` says.
 
     Mean ablation: the constants are each node's mean over the data, `prune.node_means`.
     """
-    held = {held_at(site): site for site in gates}
-
-    def node(site: str, x: Tensor) -> Tensor:
-        if site not in held:
-            return x
-        return gated(x, gates[held[site]], constants[held[site]])
-    return node
+    def hold(site: str, x: Tensor) -> Tensor:
+        return gated(x, gates[site], constants[site])
+    return where_held(gates, hold)
 
 
 def inverse(mask: Nodes, constants: Nodes):

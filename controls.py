@@ -156,8 +156,8 @@ def with_model(subject: Subject, model: GPT) -> Setting:
     return Setting(model, constants_of(model, settings), subject.train, subject.heldout)
 
 
-def changed_weights(model: GPT, change: Callable[[Tensor], Tensor]) -> GPT:
-    """A copy in which every weight, bias, embedding and sink is another.
+def changed_weights(model: GPT, change: Callable[[str, Tensor], Tensor]) -> GPT:
+    """A copy in which every weight, bias, embedding and sink is another: change(its name, itself).
 
     Norms stay, for activations to keep their size; so does the bigram table, which no mask can
     touch: changed, it would drown the logits, and make the control easier to beat.
@@ -167,7 +167,7 @@ def changed_weights(model: GPT, change: Callable[[Tensor], Tensor]) -> GPT:
     model = copy.deepcopy(model, forget)
     for name, p in model.named_parameters():
         if "ln_" not in name and name != "bigram_table":
-            p.data = change(p.data)
+            p.data = change(name, p.data)
     return model
 
 
@@ -176,7 +176,7 @@ def random_signs(subject: Subject, seed: int) -> Setting:
     without what training tuned."""
     generator = torch.Generator().manual_seed(seed)
 
-    def change(p: Tensor) -> Tensor:
+    def change(name: str, p: Tensor) -> Tensor:
         signs = torch.randint(2, p.shape, generator=generator) * 2 - 1
         return p * signs.to(p)
     return with_model(subject, changed_weights(subject.model, change))
@@ -186,7 +186,7 @@ def permuted_rows(subject: Subject, seed: int) -> Setting:
     """Each row of each matrix permuted: as many weights into each node, from others."""
     generator = torch.Generator().manual_seed(seed)
 
-    def change(p: Tensor) -> Tensor:
+    def change(name: str, p: Tensor) -> Tensor:
         order = torch.rand(p.shape, generator=generator).argsort(-1).to(p.device)
         return p.gather(-1, order)
     return with_model(subject, changed_weights(subject.model, change))
@@ -194,15 +194,12 @@ def permuted_rows(subject: Subject, seed: int) -> Setting:
 
 def before_training(subject: Subject, seed: int) -> Setting:
     """New weights of the same shape, of which as many are kept as in the trained model."""
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    fresh = GPT(subject.model.config).to(subject.model.lm_head.weight.device)
-    torch.random.set_rng_state(state)
-    drawn = iter([p.detach() for name, p in fresh.named_parameters()
-                  if "ln_" not in name and name != "bigram_table"])
+    with torch.random.fork_rng(devices=[]):  # nobody else's draws change
+        torch.manual_seed(seed)
+        fresh = dict(GPT(subject.model.config).named_parameters())
 
-    def change(p: Tensor) -> Tensor:
-        new = next(drawn).clone()
+    def change(name: str, p: Tensor) -> Tensor:
+        new = fresh[name].detach().clone().to(p.device)
         kept = int(p.count_nonzero())
         if kept == 0:
             return torch.zeros_like(p)

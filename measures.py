@@ -19,12 +19,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import FINAL, Circuit, Nodes, ablate, alone, held_at, inverse, twin, without_edges
+from circuit import (FINAL, Circuit, Nodes, ablate, alone, held_at, inverse, twin, where_held,
+                     without_edges)
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
-from minimise import Search, parts_of, without
+from minimise import Search, parts_of
 from model import GPT, record
-from prune import PruneConfig, meets
+from prune import PruneConfig
 from tasks import (Pairs, Task, calibrate, calibrated, fitting_batches, last_logits, load_pairs,
                    loss_of, margin_of, margins, rows_at_once, unembed_last)
 from tokens import random_windows
@@ -121,20 +122,19 @@ def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
             for site in model.sites}
     bank[FINAL] = torch.empty(n_rows, config.d_model, device=device)  # published circuits name it
 
-    held = {held_at(site): site for site in bank}
-
     def keep(site: str, x: Tensor) -> Tensor:
-        if site in held:  # picked at once: whole windows would take many times the memory
-            bank[held[site]][place] = x[row, position]
+        # picked at once: whole windows would take many times the memory
+        bank[site][place] = x[row, position]
         return x
 
+    watch = where_held(bank, keep)
     first = 0
     for ids in random_windows(path, config.vocab_size, T, n_windows * T, seed, device):
         for part in ids.split(rows_at_once(model, T)):
             row = torch.arange(len(part)).repeat_interleave(PER_WINDOW)
             position = torch.randint(T, (len(row),), generator=generator)
             place = slice(first, first + len(row))
-            model.run(model.embed(part), nodes=keep)
+            model.run(model.embed(part), nodes=watch)
             first = place.stop
     return bank
 
@@ -143,18 +143,17 @@ def bank_of(model: GPT, path: str, n: int, seed: int, window: int = 0) -> Nodes:
 def resampled(case: Case, bank: Nodes, generator: torch.Generator, pairs: Pairs) -> Tensor:
     """Margins (2n,) where at each token of each prompt all pruned nodes take their values at one
     random row of `bank`."""
-    held = {held_at(site): site for site in case.circuit.mask}
+    mask = case.circuit.mask
     n_rows = len(next(iter(bank.values())))
 
-    def node(site: str, x: Tensor) -> Tensor:
-        if site not in held:
-            return x
-        return torch.where(case.circuit.mask[held[site]], x, bank[held[site]][rows])
+    def other(site: str, x: Tensor) -> Tensor:
+        return torch.where(mask[site], x, bank[site][rows])
 
+    nodes = where_held(mask, other)
     out = []
     for part in fitting_batches(case.model, pairs):
         rows = torch.randint(n_rows, part.ids.shape, generator=generator).to(part.ids.device)
-        out.append(margin_of(last_logits(case.reduced, part, node), part))
+        out.append(margin_of(last_logits(case.reduced, part, nodes), part))
     return torch.cat(out)
 
 
@@ -167,13 +166,18 @@ def resample(case: Case) -> dict:
     n = min(POSITIONS, 2**27 // n_nodes)  # 2**27 float32: the bank is at most half a GB
     bank = bank_of(case.model, case.data, n, case.seed, case.settings.window)
 
-    # one generator for all: each of the draws is another, and the fit's is none of them
-    run = partial(resampled, case, bank, case.generator())
+    loss, refit = over_draws(case, partial(resampled, case, bank, case.generator()))
+    return {"resample": loss, "resample_refit": refit}
+
+
+def over_draws(case: Case, run: Callable[[Pairs], Tensor]) -> tuple[float, float]:
+    """The mean loss over DRAWS runs on held-out pairs, and that recalibrated (nats). run: its
+    margins are others each time, of one generator: the fit's are none of the draws."""
     draws = [run(case.heldout) for _ in range(DRAWS)]
     scale, shift = calibrate(run(case.fit))
     losses = [case.loss(margin) for margin in draws]
     refits = [loss_of(calibrated(margin, scale, shift)) for margin in draws]
-    return {"resample": sum(losses) / DRAWS, "resample_refit": sum(refits) / DRAWS}
+    return sum(losses) / DRAWS, sum(refits) / DRAWS
 
 
 @torch.no_grad()
@@ -181,7 +185,13 @@ def resampled_in_task(case: Case, generator: torch.Generator, pairs: Pairs) -> T
     """Margins (2n,) where in each prompt all pruned nodes take their values in one other prompt of
     the task, token by token."""
     lengths = case.train.last + 1
-    held = {held_at(site): site for site in case.circuit.mask}
+    mask = case.circuit.mask
+
+    def other(site: str, x: Tensor) -> Tensor:
+        donated = seen[held_at(site)].gather(1, position.expand(-1, -1, x.shape[-1]))
+        return torch.where(mask[site], x, donated)
+
+    nodes = where_held(mask, other)
     out = []
     for part in fitting_batches(case.model, pairs):
         donors = [donor_of(int(n), lengths, generator) for n in part.last + 1]
@@ -192,14 +202,7 @@ def resampled_in_task(case: Case, generator: torch.Generator, pairs: Pairs) -> T
         ahead = (lengths[donors] - 1 - part.last).unsqueeze(1)
         position = torch.arange(part.ids.shape[1], device=part.ids.device) + ahead
         position = position.clamp(0, case.train.ids.shape[1] - 1).unsqueeze(-1)
-
-        def node(site: str, x: Tensor) -> Tensor:
-            if site not in held:
-                return x
-            other = seen[site].gather(1, position.expand(-1, -1, x.shape[-1]))
-            return torch.where(case.circuit.mask[held[site]], x, other)
-
-        out.append(margin_of(last_logits(case.reduced, part, node), part))
+        out.append(margin_of(last_logits(case.reduced, part, nodes), part))
     return torch.cat(out)
 
 
@@ -215,12 +218,8 @@ def resample_task(case: Case) -> dict:
     """Loss with pruned nodes at their values at the same place of another prompt of the task, with
     whichever answer (causal scrubbing's second condition, among documents of one kind): that what
     varies within the task outside the circuit does not matter."""
-    run = partial(resampled_in_task, case, case.generator())
-    draws = [run(case.heldout) for _ in range(DRAWS)]
-    scale, shift = calibrate(run(case.fit))
-    losses = [case.loss(margin) for margin in draws]
-    refits = [loss_of(calibrated(margin, scale, shift)) for margin in draws]
-    return {"resample_task": sum(losses) / DRAWS, "resample_task_refit": sum(refits) / DRAWS}
+    loss, refit = over_draws(case, partial(resampled_in_task, case, case.generator()))
+    return {"resample_task": loss, "resample_task_refit": refit}
 
 
 def halves(case: Case) -> Iterator[Circuit]:
@@ -432,6 +431,6 @@ def idle(case: Case) -> dict:
     parts = parts_of(case.circuit, settings.tie_qk)
     n = 0
     for part in parts:
-        trial = search.fit(*without(case.circuit, part, tie_qk=settings.tie_qk), limit)
-        n += meets(search, trial, limit, case.missed)
+        trial = search.fit_without(case.circuit, [part], limit)
+        n += search.meets(trial, limit, case.missed)
     return {"idle": n, "idle_of": len(parts)}

@@ -10,7 +10,7 @@
 """
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -124,6 +124,17 @@ class Search:
         self.accepted, self.ready, self.writes = self.trial
         return self.accepted
 
+    def fit_without(self, circuit: Circuit, parts: Iterable[tuple],
+                    target: float = math.inf) -> Circuit:
+        """`fit` of a circuit less some of its `parts_of`."""
+        return self.fit(*without(circuit, *parts, tie_qk=self.tie_qk), target)
+
+    def meets(self, circuit: Circuit, target: float, necessity: float) -> bool:
+        """Whether a circuit is as good as asked on its own, and missed as much as asked."""
+        if not circuit.loss <= target:
+            return False
+        return necessity == 0 or self.loss_without(circuit.mask) >= necessity
+
     def loss_without(self, mask: Nodes) -> float:
         """Nats of the whole model with only the nodes of `mask` ablated: necessity (paper 2.2)."""
         nodes = inverse(mask, self.constants)
@@ -222,7 +233,7 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
         limit = pricer.accepted.loss + max(target - before.loss, target / 4)
     queue = []  # (price, its number, part), cheapest first; the number decides between equals
     for number, part in enumerate(parts_of(before, search.tie_qk)):
-        trial = pricer.fit(*without(before, part, tie_qk=search.tie_qk), limit)
+        trial = pricer.fit_without(before, [part], limit)
         price = price_of(trial, pricer.accepted)
         if math.isfinite(price):
             queue.append((price, number, part))
@@ -241,7 +252,7 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
         few = queue[:n]
         queue = queue[n:]
         parts = [part for _, _, part in few]
-        trial = search.fit(*without(circuit, *parts, tie_qk=search.tie_qk), target)
+        trial = search.fit_without(circuit, parts, target)
         price = price_of(trial, circuit)
 
         # a single part may be dearer than it promised, so long as the next one is no cheaper
@@ -341,11 +352,8 @@ def without_leading(search: Search, circuit: Circuit, order: list[tuple], target
     high = len(order)
     while high - low > max(1, len(order) // FINE):
         middle = (low + high) // 2
-        trial = search.fit(*without(circuit, *order[:middle], tie_qk=search.tie_qk), target)
-        goes = trial.loss <= target
-        if goes and necessity > 0:
-            goes = search.loss_without(trial.mask) >= necessity
-        if goes:
+        trial = search.fit_without(circuit, order[:middle], target)
+        if search.meets(trial, target, necessity):
             low = middle
             smaller = trial
         else:
@@ -360,10 +368,10 @@ def reduce_to(search: Search, circuit: Circuit, n_edges: int) -> Circuit:
         size = {part: abs(nats) for part, nats in first_order(search, circuit).items()}
         order = sorted(size, key=size.get)
         n = max(1, len(order) // AT_ONCE)
-        smaller = search.fit(*without(circuit, *order[:n], tie_qk=search.tie_qk))
+        smaller = search.fit_without(circuit, order[:n])
         while n > 1 and smaller.size[1] < n_edges:  # too far: nodes take their edges with them
             n = n // 2
-            smaller = search.fit(*without(circuit, *order[:n], tie_qk=search.tie_qk))
+            smaller = search.fit_without(circuit, order[:n])
         circuit = smaller
     return circuit
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, held_at, read_circuit,
+from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, read_circuit, where_held,
                      write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from data.workers import begin_worker, worker_pool
@@ -79,23 +79,23 @@ def node_means(model: GPT, path: str, tokens: int, seed: int,
     of what its head gathered of it, for there it is held. ValueError where that is no data for this
     model."""
     sites = model.sites if sites is None else sites
-    sums = {held_at(site): 0 for site in sites}
+    sums = dict.fromkeys(sites, 0)
     n = 0
 
     def add(site: str, x: Tensor) -> Tensor:
-        if site in sums:
-            # double: float32 would lose digits over so many tokens; few at a time, for it is a copy
-            for rows in x.flatten(0, 1).split(256):
-                sums[site] = sums[site] + rows.double().sum(0)
+        # double: float32 would lose digits over so many tokens; few at a time, for it is a copy
+        for rows in x.flatten(0, 1).split(256):
+            sums[site] = sums[site] + rows.double().sum(0)
         return x
 
+    watch = where_held(sites, add)
     c = model.config
     device = model.lm_head.weight.device
     for ids in random_windows(path, c.vocab_size, window or c.block_size, tokens, seed, device):
         for part in ids.split(rows_at_once(model, ids.shape[1])):
-            model.run(model.embed(part), nodes=add)
+            model.run(model.embed(part), nodes=watch)
         n += ids.numel()
-    return {site: (sums[held_at(site)] / n).float() for site in sites}
+    return {site: (total / n).float() for site, total in sums.items()}
 
 
 def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
@@ -137,7 +137,7 @@ def discretise(search: Search, gates: Gates, ranking: Ranking, target: float,
     and of which the model, where it loses them alone, misses at least `necessity` nats.
 
     Calibration is part of the test (the paper fits it afterwards), because the calibrated loss is
-    the one that is reported. Where not even all nodes do, the open gates: `meets` says so.
+    the one that is reported. Where not even all nodes do, the open gates: `Search.meets` says so.
     """
     def leading(k: int, target: float) -> Circuit:
         return leading_gates(search, gates, ranking, k, target)
@@ -147,16 +147,16 @@ def discretise(search: Search, gates: Gates, ranking: Ranking, target: float,
     low = 0
     high = ranking.n_open
     best = leading(high, target)
-    if not meets(search, best, target, necessity):
+    if not search.meets(best, target, necessity):
         low = ranking.n_open
         high = len(ranking.order)
         best = leading(high, target)
-    if not meets(search, best, target, necessity):
+    if not search.meets(best, target, necessity):
         return leading(ranking.n_open, math.inf)
     while high - low > 1:  # `high` meets both, always
         middle = (low + high) // 2
         trial = leading(middle, target)
-        if meets(search, trial, target, necessity):
+        if search.meets(trial, target, necessity):
             high = middle
             best = trial
         else:
@@ -172,13 +172,6 @@ def leading_gates(search: Search, gates: Gates, ranking: Ranking, k: int,
     return search.fit(gates.split(chosen[gates.index]), all_edges(search.model), target)
 
 
-def meets(search: Search, circuit: Circuit, target: float, necessity: float) -> bool:
-    """Whether a circuit is as good as asked on its own, and missed as much as asked."""
-    if not circuit.loss <= target:
-        return False
-    return necessity == 0 or search.loss_without(circuit.mask) >= necessity
-
-
 def smallest(search: Search, gates: Gates, ranking: Ranking, aim: float, target: float,
              cfg: PruneConfig, say=print) -> Circuit:
     """The circuit of one start: at most `aim` nats, or `target` where it cannot be less; minimal
@@ -189,11 +182,11 @@ def smallest(search: Search, gates: Gates, ranking: Ranking, aim: float, target:
         # stand in for a part is still there.
         for times in WIDE:
             circuit = leading_gates(search, gates, ranking, times * ranking.n_open)
-            if meets(search, circuit, aim, necessity):
+            if search.meets(circuit, aim, necessity):
                 return minimise(search, circuit, aim, say, cfg.necessity)
 
     circuit = discretise(search, gates, ranking, aim, necessity)
-    fit_for = meets(search, circuit, aim, necessity)
+    fit_for = search.meets(circuit, aim, necessity)
     if not fit_for:  # not even all nodes come that far below, or are missed that much
         circuit = discretise(search, gates, ranking, target)
     say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: loss {circuit.loss:.3f}, "

@@ -131,11 +131,12 @@ def controls_of(case: Case, seeds: int, say: Say = print) -> dict[str, list[dict
     subject = Subject(case.model, case.task, case.tokenizer, case.constants, case.settings,
                       case.train, case.heldout, os.path.dirname(case.data))
     found = {}
+
+    def say_further_in(text: str) -> None:
+        say(f"    {text.strip()}")
+
     for key, control in CONTROLS.items():
         for seed in range(seeds):
-            def say_further_in(text: str) -> None:
-                say(f"    {text.strip()}")
-
             say(f"  control: {control.name}, seed {seed}")
             run = run_control(subject, key, seed, case.circuit.size[1], say_further_in)
             if run is None:

@@ -182,7 +182,7 @@ def test_first_order_prices_are_the_derivatives_of_the_loss_by_each_part(tmp_pat
         for step in (h, -h):
             matrix[wires.to[i], wires.source[i]] = old * (1 - step)
             linear.bias[row] = bias + step * old * constants[a][wires.source[i]]
-            margin = plain_margins(model, all_nodes(model), all_edges(model), constants, search.quarter)
+            margin = plain_margins(model, circuit.mask, circuit.edges, constants, search.quarter)  # some have no path
             losses.append(nats(scaled(margin, circuit.scale, circuit.shift)) * len(margin))
         matrix[wires.to[i], wires.source[i]] = old
         linear.bias[row] = bias

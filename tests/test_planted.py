@@ -1,8 +1,6 @@
 """tools/planted.py: what is planted is there, is needed and is found; the arithmetic of scores."""
 import json
-import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ from tools.planted import (
     CASES, PlantedConfig, Score, as_circuit, cell, least_loss, main, measure, needed, parts_found,
     plant, precision_recall, row, score, truth_of)
 from tools.planting import SHAPES, background
-from toy import one_thread  # noqa: F401
+from toy import one_thread, prompts_as_data  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = dict(shapes="2x64", seeds=1, train_pairs=256, fit_pairs=64, mean_tokens=4096, steps=120,
@@ -32,10 +30,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def data(tokenizer, tmp_path_factory):
     """Text of the kind that the tasks' prompts are, for the means."""
-    folder, r = tmp_path_factory.mktemp("data"), random.Random(0)
-    text = "\n".join(task.prompts(r)[r.random() < 0.5] for task in list(TASKS.values()) * 12)
-    np.array(tokenizer.encode_ordinary(text), dtype="<u2").tofile(folder / "train.bin")
-    return str(folder)
+    return prompts_as_data(tmp_path_factory.mktemp("data"), tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,15 @@
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 
 from measures import partial_correlation
 from data.tinypython.tokenizer import load_tokenizer
-from tasks import TASKS
 from tools.planted_cards import (
     MOST_EXTRA, Card, CardsConfig, a_copy, card_of, circuits, everything, fitted, has_paths, main, missing,
     report, second_way, subject_of, with_idle, without_part)
-from toy import one_thread  # noqa: F401
+from toy import one_thread, prompts_as_data  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,10 +23,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def config(tokenizer, tmp_path_factory):
     """Few pairs, and text of the kind that the tasks' prompts are, for the means."""
-    folder, r = tmp_path_factory.mktemp("data"), random.Random(0)
-    text = "\n".join(task.prompts(r)[r.random() < 0.5] for task in list(TASKS.values()) * 12)
-    np.array(tokenizer.encode_ordinary(text), dtype="<u2").tofile(folder / "train.bin")
-    return CardsConfig(data=str(folder), mean_tokens=4096, fit_pairs=64, heldout_pairs=64)
+    folder = prompts_as_data(tmp_path_factory.mktemp("data"), tokenizer)
+    return CardsConfig(data=folder, mean_tokens=4096, fit_pairs=64, heldout_pairs=64)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What the tests of circuits share: a task of digits, models made by hand for it, and a circuit
 run without circuit.py."""
 import json
+import random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from circuit import all_edges, graph_of
 from model import GPT, GPTConfig, SITES
 from ops import abstopk
 from prune import PruneConfig, node_means
-from tasks import Task, load_pairs
+from tasks import TASKS, Task, load_pairs
 
 SHAPE = dict(block_size=8, vocab_size=10, n_layer=1, n_head=2, d_head=3, d_model=6, d_mlp=7,
              rms_norm=True, bias=False, tied_unembed=False, grad_checkpointing=False)
@@ -110,6 +111,14 @@ def toy_setup(tmp_path, model=None, **options):
                     starts=1, steps=150, batch_pairs=16, lr=0.03, k_coef=0.01, k_rate=0.02,
                     init_noise_scale=0.01, init_noise_bias=0.1)
     return model, PruneConfig(**{**settings, **options}), constants
+
+
+def prompts_as_data(folder, tokenizer):
+    """Text of the kind that the tasks' prompts are, for the means: train.bin in `folder`."""
+    r = random.Random(0)
+    text = "\n".join(task.prompts(r)[r.random() < 0.5] for task in list(TASKS.values()) * 12)
+    np.array(tokenizer.encode_ordinary(text), dtype="<u2").tofile(folder / "train.bin")
+    return str(folder)
 
 
 def toy_circuits(tmp_path, model=None, **options):
