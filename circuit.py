@@ -2,7 +2,8 @@
 
 - `ablate(gates, constants)`: a node function that holds the other nodes at constants (paper A.5);
   `inverse`: these nodes. What is held where, and what varies: docs/ablation.md.
-- `without_edges`: a model less some weights, whose mean contribution moves into the biases.
+- `without_edges`: a model less some weights, whose mean contribution moves into the biases;
+  `without_topk`: less AbsTopK, for a circuit that is to stand alone.
 - `drop_unconnected`, `edges_of`, `count`: paths, edges and sizes (paper 2.2, Fig. 12).
 - `content_of`: a circuit measured on held-out pairs and described, as its file has it.
 - `read_circuit`, `write_circuit`, `circuit_of`: the one reader and writer of circuit.json.
@@ -67,6 +68,8 @@ class Circuit:
     error_apart: float | None = None
     # nodes, edges and loss apart of every start's circuit, this one among them
     starts: list[tuple] | None = None
+    # run without AbsTopK, in which channels outside the circuit decide whether its nodes are kept
+    standalone: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -256,13 +259,31 @@ class Cut(nn.Module):
         return y.index_add(-1, self.to, less.view(*x.shape[:-1], -1))
 
 
+def without_topk(model: GPT) -> GPT:
+    """`model`, in other modules, whose nodes no AbsTopK sets to zero.
+
+    With every other node held, all that AbsTopK still does is to ask whether channels outside the
+    circuit are larger than those in it. Without it a circuit hangs on nothing that it does not list
+    but the norms.
+    """
+    free = twin(model)
+    for block in free.transformer.h:
+        block.topk_at = block.topk_at - set(SITES.values())  # one on the stream itself stays
+    return free
+
+
+def host(model: GPT, standalone: bool) -> GPT:
+    """What a circuit runs in: the model, or that one without AbsTopK."""
+    return without_topk(model) if standalone else model
+
+
 def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
     """The model in which the circuit runs: `model`, in other modules, less the weights between two
-    nodes of the circuit that are no edges of it. Each then contributes weight * constant, as if its
-    source were ablated for this one target."""
+    nodes of the circuit that are no edges of it; each then contributes weight * constant, as if its
+    source were ablated for this one target. Less AbsTopK, where the circuit is to stand alone."""
     mask, edges = circuit.mask, circuit.edges
     graph = graph_of(model)
-    reduced = twin(model)
+    reduced = twin(host(model, circuit.standalone))
     for i, block in enumerate(reduced.transformer.h):
         for name, (a, targets) in MAPS.items():
             a = f"{i}.{a}"
@@ -671,4 +692,5 @@ def circuit_of(content: dict, model: GPT) -> tuple[Circuit, Nodes]:
                              "circuit is of another model, or was edited")
         edges[a, b][place] = True
     scale, shift, loss = content["logit_scale"], content["logit_shift"], content["loss"]
-    return Circuit(mask, edges, scale, shift, loss), constants
+    standalone = content["settings"].get("standalone", False) is True  # older files do not say
+    return Circuit(mask, edges, scale, shift, loss, standalone=standalone), constants

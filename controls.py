@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuit import Nodes, alone
+from circuit import Nodes, alone, host
 from masks import Gates
 from minimise import Search, reduce_to
 from model import GPT
@@ -249,12 +249,13 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
     settings = replace(subject.settings, seed=subject.settings.seed + seed)
     target = settings.target_loss[0]
     fit = setting.train.first(settings.fit_pairs)
-    gates = Gates(setting.model, settings.tie_qk)
-    search = Search(setting.model, setting.constants, fit, settings.tie_qk)
+    model = host(setting.model, settings.standalone)
+    gates = Gates(model, settings.tie_qk)
+    search = Search(model, setting.constants, fit, settings.tie_qk)
     curve = []
     for times in MORE_STEPS:
         cfg = replace(settings, steps=settings.steps * times)
-        ranking = rank(setting.model, setting.train, setting.constants, gates, cfg, quiet)
+        ranking = rank(model, setting.train, setting.constants, gates, cfg, quiet)
         circuit = discretise(search, gates, ranking, SLACKS[0] * target)
         if not circuit.loss <= SLACKS[0] * target:
             circuit = discretise(search, gates, ranking, target)
@@ -268,7 +269,7 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
     if met:  # as a circuit is made of its masks, but that nobody need miss it
         cfg = replace(cfg, necessity=0.0)
         circuit = smallest(search, gates, ranking, SLACKS[0] * target, target, cfg, say)
-    margin = alone(setting.model, circuit, setting.constants)(setting.heldout)
+    margin = alone(model, circuit, setting.constants)(setting.heldout)
     return {
         "loss": circuit.loss,
         "loss_heldout": loss_of(calibrated(margin, circuit.scale, circuit.shift)),

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import (FINAL, Circuit, Nodes, ablate, alone, held_at, inverse, twin, where_held,
+from circuit import (FINAL, Circuit, Nodes, ablate, alone, held_at, host, inverse, twin, where_held,
                      without_edges)
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
@@ -104,6 +104,17 @@ def zero_ablation(case: Case) -> dict:
     zeros = {site: torch.zeros_like(c) for site, c in case.constants.items()}
     run = alone(case.model, case.circuit, zeros)
     return {"zero_ablation": case.loss(run(case.heldout)), "zero_ablation_refit": case.refit(run)}
+
+
+def standalone(case: Case) -> dict:
+    """Loss where no AbsTopK acts on the circuit's nodes, and where it does as in the model; one of
+    the two is the sufficiency. AbsTopK is a hidden input: whether a node is kept hangs on how large
+    the channels outside the circuit are, and they are larger or smaller by what the prompt says."""
+    found = {}
+    for key, free in (("standalone", True), ("with_topk", False)):
+        run = alone(case.model, replace(case.circuit, standalone=free), case.constants)
+        found[key] = case.loss(run(case.heldout))
+    return found
 
 
 @torch.no_grad()
@@ -426,7 +437,8 @@ def idle(case: Case) -> dict:
     anything. Two that stand in for each other both count; of a circuit with a certificate none.
     """
     settings = case.settings
-    search = Search(case.model, case.constants, case.fit, settings.tie_qk)
+    model = host(case.model, case.circuit.standalone)
+    search = Search(model, case.constants, case.fit, settings.tie_qk, whole=case.model)
     limit = settings.target_loss[0] if case.limit is None else case.limit
     parts = parts_of(case.circuit, settings.tie_qk)
     n = 0

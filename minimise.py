@@ -54,9 +54,11 @@ class Search:
     """
 
     def __init__(self, model: GPT, constants: Nodes, pairs: Pairs, tie_qk: bool = False,
-                 batch: int = 32):
-        """tie_qk: a query channel and the key channel that it meets are one part."""
+                 batch: int = 32, whole: GPT | None = None):
+        """tie_qk: a query channel and the key channel that it meets are one part. whole: the model
+        that is to miss the circuit, where `model` is that one `without_topk`."""
         self.model = model
+        self.whole = model if whole is None else whole
         self.constants = constants
         self.tie_qk = tie_qk
         self.answers = answer_ids(pairs)
@@ -140,7 +142,7 @@ class Search:
         nodes = inverse(mask, self.constants)
         total = 0.0
         for part in self.batches:
-            total += loss_of(margins(self.model, part, nodes)) * len(part)
+            total += loss_of(margins(self.whole, part, nodes)) * len(part)
         return total / sum(len(part) for part in self.batches)
 
 

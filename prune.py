@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, read_circuit, where_held,
-                     write_circuit)
+from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, host, read_circuit,
+                     where_held, write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from data.workers import begin_worker, worker_pool
 from masks import Gates, MaskConfig, attribution, learn_masks
@@ -61,6 +61,7 @@ class PruneConfig(MaskConfig):
     ablation: str = one_of("mean", "zero")  # what a node outside the circuit is held at
     minimal: bool = False           # then leave out single nodes and edges until none can go
     necessity: float = bounded(0.0, at_least=0)  # minimal: nats that the model must lose without it
+    standalone: bool = False        # a circuit that runs without AbsTopK, as its program does
     mean_tokens: int = bounded(65536, at_least=1)
     window: int = bounded(0, at_least=0)  # tokens of it at a time; 0 = as many as in training
     train_pairs: int = bounded(2048, at_least=1)  # mask learning draws from these
@@ -211,14 +212,17 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
     error of its loss there (None: any holds).
     Where a target cannot be met, the circuit's loss says so.
     """
+    whole = model  # must miss the circuit, whatever that runs in
+    model = host(whole, cfg.standalone)
     gates = Gates(model, cfg.tie_qk)
     rankings = []
     for start in range(cfg.starts if cfg.method == "learned" else 1):
         seed = cfg.seed + NEXT_START * start
         rankings.append(rank(model, pairs, constants, gates, replace(cfg, seed=seed), say))
     for target in cfg.target_loss:
-        search = Search(model, constants, pairs.first(cfg.fit_pairs), cfg.tie_qk)
-        yield best_start(search, gates, rankings, apart, target, cfg, say)
+        search = Search(model, constants, pairs.first(cfg.fit_pairs), cfg.tie_qk, whole=whole)
+        circuit = best_start(search, gates, rankings, apart, target, cfg, say)
+        yield replace(circuit, standalone=cfg.standalone)
 
 
 def best_start(search: Search, gates: Gates, rankings: list[Ranking], apart: Pairs | None,

@@ -33,7 +33,7 @@ from controls import CONTROLS, Subject, factor_of, run_control
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from measures import (DRAWS, POSITIONS, SUBSETS, Case, agreement, complement, frozen_norms,
                       generalisation, idle, necessity, necessity_refit, resample, resample_task,
-                      sufficiency, zero_ablation)
+                      standalone, sufficiency, zero_ablation)
 from model import device_of, weights_hash
 from prune import PruneConfig, in_processes, result_or_reason
 from tasks import Pairs, Task, load_model, load_pairs, task_of
@@ -84,6 +84,7 @@ LINES = (
     Line("sufficiency", "sufficiency", "unpruned model", "unpruned_loss"),
     Line("necessity", "necessity", "recalibrated", "necessity_refit"),
     Line("idle parts (no nats)", "idle", "of", "idle_of"),
+    Line("without AbsTopK", "standalone", "with it", "with_topk"),
     Line("resample in the task", "resample_task", "recalibrated", "resample_task_refit",
          strict=True),
     Line("half the complement", "complement_random", f"worst of {SUBSETS}", "complement_worst",
@@ -100,7 +101,7 @@ LINES = (
          note="not asked: it was found among means, and many nodes are never near zero"),
 )
 # what fills the lines after sufficiency and necessity: each gives the keys of a line or two
-MEASURES = (necessity_refit, idle, resample_task, complement, frozen_norms, agreement,
+MEASURES = (necessity_refit, idle, standalone, resample_task, complement, frozen_norms, agreement,
             generalisation, resample, zero_ablation)
 LEVELS = {"memorise": "memorising", "nonsense": "nonsense", "wiring": "untrained wiring"}
 

@@ -4,16 +4,17 @@ import json
 import math
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tasks
-from circuit import (Circuit, ablate, all_edges, between, circuit_of, count, drop_unconnected, edges_of,
-                     graph_of, read_circuit, without_edges)
+from circuit import (Circuit, ablate, all_edges, alone, between, circuit_of, count, drop_unconnected, edges_of,
+                     graph_of, read_circuit, without_edges, without_topk)
 from tasks import calibrate, calibrated, fitting_batches, last_logits, loss_of, margins, task_loss
 from toy import (CIRCUIT, EVERY_SITE, all_nodes, as_mask, by_hand, dense, hand_made, kept_of, nats, one_thread,  # noqa: F401
-                 parallel_model, plain_margins, random_edges, random_model, scaled, toy_circuit, toy_pairs)
+                 parallel_model, plain_margins, random_edges, random_model, scaled, toy_circuit, toy_pairs, without_afrac)
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
@@ -257,6 +258,23 @@ def test_a_cut_edge_contributes_its_weight_times_its_sources_mean(options):
     torch.testing.assert_close(got, want)
     whole = answer_logits(model, Circuit(circuit.mask, all_edges(model), 1.0, 0.0, 0.0), constants, pairs)
     assert not torch.allclose(got, whole)  # the cuts are felt
+
+
+def test_a_standalone_circuit_runs_as_if_the_model_had_no_abstopk():
+    model = random_model(n_layer=2, keep=0.6, afrac=0.5, afrac_loctypes=EVERY_SITE)
+    constants, pairs = some_constants(model), toy_pairs(6)
+    circuit = Circuit({s: torch.rand(len(m)) < 0.7 for s, m in all_nodes(model).items()}, random_edges(model), 1.0, 0.0, 0.0)
+    kept = alone(model, circuit, constants)(pairs)
+    free = alone(model, replace(circuit, standalone=True), constants)(pairs)
+    torch.testing.assert_close(free, plain_margins(without_afrac(model), circuit.mask, circuit.edges, constants, pairs))
+    torch.testing.assert_close(kept, plain_margins(model, circuit.mask, circuit.edges, constants, pairs))
+    assert not torch.allclose(free, kept)  # the model itself still has it
+
+
+def test_without_topk_leaves_one_on_the_stream_itself():
+    model = random_model(n_layer=1, afrac=0.5, afrac_loctypes="attn_in,resid_post_attn")
+    assert without_topk(model).transformer.h[0].topk_at == {"resid_post_attn"}
+    assert model.transformer.h[0].topk_at == {"attn_in", "resid_post_attn"}
 
 
 def test_one_cut_edge_of_the_hand_made_circuit_gives_the_logits_that_pencil_and_paper_give():

@@ -17,7 +17,7 @@ import torch
 
 import prune
 from data import workers
-from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
+from circuit import ablate, all_edges, circuit_of, drop_unconnected, edges_of, graph_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig, record
 from minimise import Search
@@ -27,7 +27,7 @@ from tasks import TASKS, Task, margins, task_loss
 from tokens import random_windows
 from toy import (CIRCUIT, SHAPE, TOY, TOY_EDGES, Digits, all_nodes, as_mask, best_fit, hand_made, kept_of, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_model, scaled, toy_circuit, toy_circuits, toy_pairs, toy_prompts,
-                 toy_setup)
+                 toy_setup, without_afrac)
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
@@ -232,6 +232,46 @@ def test_examples_show_the_pruned_models_activations_and_probabilities(tmp_path)
         assert ex["p_answer"] == pytest.approx(p[i].item(), abs=1e-3)
         h = model.transformer.h[0].ln_1(model.embed(ids[None]))[0, :, 0]
         assert ex["activations"]["0.attn.act_in"] == [pytest.approx(h.tolist(), abs=1e-4)]
+
+
+def hidden_by_topk():
+    """The hand-made model, where channel 2 is larger at every read than channel 0, on which the answer hangs, and AbsTopK keeps one."""
+    model = hand_made()
+    model.transformer.wte.weight[:2, 2] = 3.0
+    model.config.afrac, model.config.afrac_loctypes = 0.2, "attn_in"
+    again = GPT(model.config).eval().requires_grad_(False)
+    again.load_weights(model.state_dict())
+    return again
+
+
+def test_a_standalone_circuit_is_found_where_abstopk_hides_it_and_its_file_says_so(tmp_path):
+    model = hidden_by_topk()
+    with pytest.raises(ValueError, match="does not solve"):  # nor does the whole model see channel 0
+        toy_circuit(tmp_path, model)
+    model, cfg, constants = toy_setup(tmp_path, model, standalone=True, minimal=True)
+    (circuit,) = prune.find(model, toy_pairs(256), None, constants, cfg, lambda text: None)
+    assert circuit.loss <= 0.4 and circuit.standalone and kept_of(circuit.mask) == CIRCUIT
+    assert circuit.certificate is not None
+
+
+def test_necessity_of_a_standalone_circuit_is_the_whole_models(tmp_path):
+    model, cfg, constants = toy_setup(tmp_path, hidden_by_topk())
+    search = Search(prune.host(model, True), constants, toy_pairs(24), whole=model)
+    mask = as_mask(model, CIRCUIT)
+    without = plain_margins(model, {s: ~m for s, m in mask.items()}, all_edges(model), constants, toy_pairs(24))
+    assert search.loss_without(mask) == pytest.approx(nats(without), rel=1e-4)
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_what_a_file_says_of_standing_alone_is_what_its_losses_were_measured_with(tmp_path, standalone):
+    model = hand_made()
+    model.config.afrac, model.config.afrac_loctypes = 0.5, "attn_in,attn_v"
+    model, cfg, content = toy_circuit(tmp_path, model, standalone=standalone)
+    circuit, constants = circuit_of(content, GPT.load(str(tmp_path)).requires_grad_(False))
+    assert circuit.standalone == content["settings"]["standalone"] == standalone
+    ran_in = without_afrac(GPT.load(str(tmp_path))) if standalone else GPT.load(str(tmp_path))
+    margin = plain_margins(ran_in, circuit.mask, circuit.edges, constants, toy_pairs(100, "heldout"))
+    assert content["loss_heldout"] == pytest.approx(nats(scaled(margin, circuit.scale, circuit.shift)), abs=1e-4)
 
 
 def test_fewer_heldout_pairs_than_examples_still_give_a_circuit(tmp_path):

@@ -20,9 +20,9 @@ from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from prune import PruneConfig, node_means
 from tasks import TASKS, calibrate, load_pairs, margins
 from toy import (TOY, Digits, all_nodes, best_fit, hand_made, nats, one_thread, plain_margins, random_edges, random_model,  # noqa: F401
-                 scaled, toy_circuit, toy_pairs, toy_setup)
+                 scaled, toy_circuit, toy_pairs, toy_setup, without_afrac)
 from measures import (Case, agreement, bank_of, complement, donor_of, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, necessity_refit, renamed,
-                      resample, resample_task, resampled, resampled_in_task, sufficiency, zero_ablation)
+                      resample, resample_task, resampled, resampled_in_task, standalone, sufficiency, zero_ablation)
 from validate import verdict
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
@@ -45,6 +45,15 @@ def random_case(tmp_path, share=0.7, **options) -> Case:
 def whole(case: Case) -> Case:
     """The same with nothing left out of the circuit."""
     return replace(case, circuit=replace(case.circuit, mask=all_nodes(case.model), edges=all_edges(case.model)))
+
+
+def test_losses_without_abstopk_and_with_it_are_what_plain_sums_give(tmp_path):
+    case = random_case(tmp_path)
+    plain = lambda model: nats(scaled(plain_margins(model, case.circuit.mask, case.circuit.edges, case.constants, case.heldout), 1.3, 0.4))
+    want = {"standalone": plain(without_afrac(case.model)), "with_topk": plain(case.model)}
+    assert standalone(case) == pytest.approx(want, rel=1e-4) and want["standalone"] != pytest.approx(want["with_topk"], rel=1e-3)
+    free = replace(case, circuit=replace(case.circuit, standalone=True))
+    assert standalone(free) == pytest.approx(want, rel=1e-4) and sufficiency(free) == pytest.approx(want["standalone"], rel=1e-4)
 
 
 # --- other ablations ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 run without circuit.py."""
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,6 +165,13 @@ def dense(model, edges):
         found[a, b] = torch.zeros(model.config.site_width(b), model.config.site_width(a), dtype=torch.bool)
         found[a, b][wires.to[kept], wires.source[kept]] = True
     return found
+
+
+def without_afrac(model) -> GPT:
+    """A model of the same weights whose config names no AbsTopK."""
+    free = GPT(replace(model.config, afrac=None)).eval().requires_grad_(False)
+    free.load_weights(model.state_dict())
+    return free.to(model.lm_head.weight.dtype)
 
 
 # --- a circuit run without circuit.py -------------------------------------------------------------
