@@ -17,7 +17,8 @@ Notable features:
   on which it is on, and examples from the data with what stands around them.
 - Bad input is one line on stderr and exit status 2, and nothing is written.
 
-The page itself is view.html; this script puts a title and a circuit into it.
+The page itself is view.html, and how a graph is laid out and drawn is in graph.js, which other
+pages use as well; this script makes one file of them, a title and a circuit.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from circuit import read_circuit
 from config import as_script, die, write_atomic
 
 PAGE = Path(__file__).with_name("view.html")
+GRAPH = Path(__file__).with_name("graph.js")
 NODES_FORMAT = "sparse-circuit-nodes-1"
 
 
@@ -104,13 +106,30 @@ def render(circuit: dict, command: str, described: dict | None = None) -> str:
         means = circuit["means"][site]
         shown["means"][site] = [means[channel] for channel in channels]
 
-    # a token may well be "</script>": written so, "<" is the same to JSON and nothing to HTML
-    data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(f"{circuit['task']} · circuit")
+    return page(PAGE, title=title, data=as_data(shown))
 
-    # cut at both marks before anything is filled in, which may look like a mark itself
-    before, between, after = re.split("@@TITLE@@|@@DATA@@", PAGE.read_text("utf-8"))
-    return before + title + between + data + after
+
+def page(template: Path, **parts: str) -> str:
+    """A page that needs no other file: its template with each mark @@NAME@@ replaced by the part
+    `name`, and @@GRAPH@@ by graph.js. ValueError where marks and parts are not the same."""
+    parts["graph"] = GRAPH.read_text("utf-8")
+    text, *marked = re.split("@@([A-Z]+)@@", template.read_text("utf-8"))
+    marks = {mark.lower() for mark in marked[::2]}
+    if marks != set(parts):
+        odd = ", ".join(sorted(marks ^ set(parts)))
+        raise ValueError(f"{template} and its parts differ in {odd}")
+
+    # cut at all marks before anything is filled in, which may look like a mark itself
+    for mark, following in zip(marked[::2], marked[1::2]):
+        text += parts[mark.lower()] + following
+    return text
+
+
+def as_data(content: object) -> str:
+    """JSON that can stand in a <script>: a token may well be "</script>", and "<" written as an
+    escape is the same to JSON and nothing to HTML."""
+    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def summary(circuit: dict) -> str:

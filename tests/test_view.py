@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from view import NODES_FORMAT, main, nodes_path
+from view import NODES_FORMAT, main, nodes_path, page
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -192,7 +192,7 @@ def test_hostile_text_stays_text(tmp_path):
     circuit = make_circuit()
     circuit["task"] = "</title><script>alert(1)</script> @@DATA@@ \ud800"
     page = page_of(circuit, tmp_path)
-    assert page.count("</script>") == 2 and page.count("</title>") == 1
+    assert page.count("</script>") == 3 and page.count("</title>") == 1
     assert "<b>" not in page.split("<script>")[0]
     assert "<" not in re.search(r'id="circuit">(.*?)</script>', page, re.S)[1]
     assert embedded(page)["task"] == circuit["task"]
@@ -209,6 +209,18 @@ def test_values_that_json_lacks_become_null_and_out_names_the_file(tmp_path):
     data = embedded((tmp_path / "x.html").read_text("utf-8"))
     assert data["loss"] is data["loss_heldout"] is data["validation"]["necessity"] is None
     assert not (tmp_path / "circuit.html").exists()
+
+
+def test_page_fills_each_mark_once_whatever_the_parts_look_like(tmp_path):
+    template = tmp_path / "x.html"
+    template.write_text("<a>@@DATA@@<b>@@GRAPH@@<c>@@TITLE@@")
+    filled = page(template, data="@@TITLE@@", title="@@DATA@@ \\1")
+    graph = (ROOT / "graph.js").read_text("utf-8")
+    assert filled == f"<a>@@TITLE@@<b>{graph}<c>@@DATA@@ \\1"
+    for parts in ({"title": ""}, {"title": "", "data": "", "more": ""}):  # too few, too many
+        with pytest.raises(ValueError, match="more|data"):
+            page(template, **parts)
+    assert not re.search("</script|<!--", graph)  # either would end, or change, the script it stands in
 
 
 def without(key: str) -> dict:
@@ -293,7 +305,7 @@ def test_what_the_nodes_do_in_the_data_is_on_the_page_where_it_was_measured(tmp_
     found = describe(circuit)
     nodes_path(tmp_path / "circuit.json").write_text(json.dumps(found))
     page = page_of(circuit, tmp_path)
-    assert embedded(page)["described"] == found and page.count("</script>") == 2
+    assert embedded(page)["described"] == found and page.count("</script>") == 3
 
 
 def spoilt(**values: object) -> dict:
