@@ -172,8 +172,10 @@ def page_of(circuit: dict, folder: Path) -> str:
 
 
 def embedded(page: str) -> dict:
-    data = r'<script type="application/json" id="circuit">(.*?)</script>'
-    return json.loads(re.search(data, page, re.S)[1])
+    """The circuit in a page of one."""
+    data = r'<script type="application/json" id="circuits">(.*?)</script>'
+    [circuit] = json.loads(re.search(data, page, re.S)[1])["circuits"]
+    return circuit
 
 
 def test_page_holds_every_node_and_edge_and_needs_no_network(tmp_path):
@@ -194,7 +196,7 @@ def test_hostile_text_stays_text(tmp_path):
     page = page_of(circuit, tmp_path)
     assert page.count("</script>") == 3 and page.count("</title>") == 1
     assert "<b>" not in page.split("<script>")[0]
-    assert "<" not in re.search(r'id="circuit">(.*?)</script>', page, re.S)[1]
+    assert "<" not in re.search(r'id="circuits">(.*?)</script>', page, re.S)[1]
     assert embedded(page)["task"] == circuit["task"]
     shown = [ex["tokens"] for ex in embedded(page)["examples"]]
     assert shown == [ex["tokens"] for ex in circuit["examples"]]
@@ -396,15 +398,15 @@ for (const el of document.querySelectorAll('.node')) {
   const text = document.getElementById('data').textContent;
   seen.data[el.dataset.id] = text.includes('on at 12.5% of 65,536 tokens of data/<b>/') ? document.querySelectorAll('#data dd').length : text;
 }
-const choose = (id, value) => {
+const change = (id, value) => {
   document.getElementById(id).value = value;
   document.getElementById(id).dispatchEvent(new Event('change'));
 };
 seen.looks = [];
 for (const head of document.getElementById('head').options) {
   for (const prompt of [0, 3]) {
-    choose('head', head.value);
-    choose('prompt', prompt);
+    change('head', head.value);
+    change('prompt', prompt);
     for (const key of ['ArrowUp', 'ArrowUp', 'ArrowDown'])
       press(document.getElementById('pattern'), key);
     seen.looks.push(document.getElementById('looked').innerText);
