@@ -354,6 +354,113 @@ def test_heads_bring_their_constants_and_an_older_file_has_none(tmp_path):
     assert embedded(page_of(without("heads"), tmp_path))["heads"] == []
 
 
+def make_program(circuit: dict) -> str:
+    """Of the form that tools.program writes: a marked line a node, some statements over several lines."""
+    lines = ['"""A circuit </script><b> as a program."""', "import numpy as np", "", "TABLE = {'\\t': '@@DATA@@'}", ""]
+    for site, channels in circuit["nodes"].items():
+        lines.append(f"    # {site}, not a node: # {site}")
+        for i, channel in enumerate(channels):
+            name = f"L{site.replace('.', '_')}_{channel}"
+            if i % 2:
+                lines += [f"    {name} = (  # {site}.{channel}", "        0.5 * t +", "        0.25)", "    y = 0"]
+            else:
+                lines.append(f"    {name} = 0.5 * t + 0.1  # {site}.{channel}")
+        lines += ["", "        # indented, but behind an empty line"]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_program_beside_a_circuit_is_on_its_page_each_line_with_its_node(tmp_path):
+    circuit = make_circuit(final=True)
+    assert embedded(page_of(circuit, tmp_path))["program"] is None
+    text = make_program(circuit)
+    (tmp_path / "program.py").write_text(text, "utf-8")
+    page = page_of(circuit, tmp_path)
+    program = embedded(page)["program"]
+    assert "\n".join(line for line, _ in program) + "\n" == text and page.count("</script>") == 3
+
+    ids = [f"{site}.{c}" for site, cs in circuit["nodes"].items() for c in cs]
+    lines = {id: [line for line, of in program if of == id] for id in ids}
+    for site, channels in circuit["nodes"].items():
+        for i, channel in enumerate(channels):
+            own = lines[f"{site}.{channel}"]
+            assert own[0].endswith(f"# {site}.{channel}")
+            assert own[1:] == (["        0.5 * t +", "        0.25)"] if i % 2 else [])
+    assert sum(map(len, lines.values())) == sum(of is not None for _, of in program)
+
+
+def test_a_program_of_another_circuit_or_none_at_all_is_refused(tmp_path):
+    circuit = make_circuit()
+    text = make_program(circuit)
+    first = f"0.attn.act_in.{circuit['nodes']['0.attn.act_in'][0]}"
+    path = tmp_path / "program.py"
+    for wrong in (text.replace(f"# {first}\n", "\n"), f"{text}x = 1  # 1.mlp.post_act.1023\n", ""):
+        path.write_text(wrong)
+        done = view(save(circuit, tmp_path))
+        assert f"view.py: {path} is of another circuit; run python -m tools.program CIRCUIT again\n" == done.stderr
+        refused(done, "")
+    path.write_bytes(b"\xff")
+    refused(view(save(circuit, tmp_path)), "not UTF-8")
+    path.unlink()
+    path.mkdir()
+    refused(view(save(circuit, tmp_path)), str(path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["circuit.json", "program.py"]
+
+
+def test_a_program_is_of_the_file_named_circuit_json_alone(tmp_path):
+    (tmp_path / "program.py").write_text("")
+    other = tmp_path / "smaller.json"
+    other.write_text(json.dumps(make_circuit()))
+    assert view(other).returncode == 0 and (tmp_path / "smaller.html").exists()
+
+
+def pair(tmp_path: Path, a: dict, b: dict) -> tuple[Path, Path]:
+    """The circuits' files, in folders as two runs have them."""
+    folders = tmp_path / "demo" / "quote", tmp_path / "demo1" / "quote"
+    for folder in folders:
+        folder.mkdir(parents=True)
+    return save(a, folders[0]), save(b, folders[1])
+
+
+def test_two_circuits_give_one_page_beside_the_first_that_names_the_second(tmp_path):
+    a, b = make_circuit(), make_circuit(seed=1) | {"task": "other_</title>task"}
+    paths = pair(tmp_path, a, b)
+    assert view(paths[0]).returncode == 0
+    own = paths[0].with_suffix(".html")
+    before = own.read_bytes()
+    done = view(*paths)
+    assert (done.returncode, done.stderr) == (0, "")
+    over = own.with_name("circuit.over.demo1.html")
+    assert done.stdout.splitlines()[-1] == str(over) and own.read_bytes() == before
+    page = over.read_text("utf-8")
+    data = json.loads(re.search(r'id="circuits">(.*?)</script>', page, re.S)[1])
+    assert [c["edges"] for c in data["circuits"]] == [a["edges"], b["edges"]]
+    assert [c["path"] for c in data["circuits"]] == [*map(str, paths)]
+    assert "single_double_quote and other_&lt;/title&gt;task" in page.split("</title>")[0]
+
+    paths[0].with_name("small.json").write_text(json.dumps(make_circuit(seed=2)))  # of one folder: by its name
+    assert view(paths[0], paths[0].with_name("small.json")).returncode == 0
+    assert own.with_name("circuit.over.small.html").exists() and own.read_bytes() == before
+    assert view(*paths, f"--out={tmp_path / 'x.html'}").returncode == 0 and (tmp_path / "x.html").exists()
+
+
+def test_two_circuits_that_do_not_fit_are_refused(tmp_path):
+    a = make_circuit()
+    paths = pair(tmp_path, a, make_circuit(n_layer=3))
+    refused(view(*paths), "n_layer is 2 and 3")
+    narrower = {site: mean[:-1] if site == "1.mlp.resid_delta" else mean for site, mean in a["means"].items()}
+    save(a | {"means": narrower}, paths[1].parent)
+    refused(view(*paths), "1.mlp.resid_delta has 256 and 255 channels")
+    save(a, paths[1].parent)
+    refused(view(paths[0], paths[0]), "twice")
+    refused(view(*paths, paths[1]), "3 circuits")
+    refused(view(paths[0], tmp_path / "nothing.json"), "nothing.json")
+    refused(view(*paths, f"--out={paths[1]}"), "--out")
+    refused(view(*paths, f"--out={paths[1].with_name('program.py')}"), "--out")
+    save("[]", paths[1].parent)
+    refused(view(*paths), str(paths[1]))
+    assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("program.py"))
+
+
 @needs_browser
 @pytest.mark.parametrize("size", [dict(), dict(per_site=12, n_layer=4, edge_share=0.5, final=True)],
                          ids=["small", "large"])
