@@ -289,10 +289,10 @@ def test_bad_paths_are_one_line_exit_2_and_no_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["circuit.json"] and good.read_bytes() == before
 
 
-def open_page(page: Path, folder: Path) -> tuple[str, list[str]]:
+def open_page(page: Path, folder: Path, *flags: str) -> tuple[str, list[str]]:
     """The DOM after the scripts ran, and every line that it wrote to the console, errors too."""
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update",
-             "--disable-sync", "--disable-quic"]
+             "--disable-sync", "--disable-quic", *flags]
     done = subprocess.run(
         [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", *quiet,
          f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
