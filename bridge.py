@@ -5,19 +5,25 @@
 - The sparse model learns from scratch, together with its bridges: to its own loss come four terms
   of each site (`Coupled.site`). Checkpoints, resume, processes and log are train.py's.
 - --eval: what each bridge loses, and the loss of each hybrid pass.
+- --fit: bridges between two models that both stay as they are, by ridge regression (`ridge_map`).
 
     python bridge.py --config=configs/demo_bridge.toml  # or torchrun --nproc_per_node=N bridge.py
     python bridge.py --config=configs/demo_bridge.toml --eval
+    python bridge.py --fit --sparse=out/demo --dense=out/dense --out_dir=out/fitted
 
 Train the dense model with train.py, use the pair with steer.py. Paper sections 2.3 and A.3.
 """
 import json
+import math
 import os
+import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import as_script, bounded, die, parse, write_atomic
+from config import as_script, bounded, die, parse, to_toml, write_atomic
 
 import numpy as np
 import torch
@@ -26,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from data.tinypython.tokenizer import tokenizer_hash, tokenizer_in
 from jobs import Job, Run, leave
-from model import GPT, device_of, weights_hash
+from model import GPT, LAYOUTS, device_of, layout_of, weights_files, weights_hash
 from ops import abstopk
-from tokens import inputs_and_targets, tokenizer_of
+from tokens import inputs_and_targets, tokenizer_of, window_of
 from train import (TrainConfig, begin, evaluate, evaluation_text, loop, new_model, of_the_family,
                    optimizer_of, over_parts)
 
@@ -37,6 +44,10 @@ TERMS = ("nmse_encoder", "nmse_decoder", "kl_sparse", "kl_dense")  # of the loss
 HYBRIDS = ("dense_to_sparse", "sparse_to_dense")
 MEASURED = ("error_encoder", "moment_encoder", "error_decoder", "moment_decoder", *HYBRIDS,
             "dense_from_mean")  # of each batch of windows, at each site
+HELD_OUT = 8  # --fit keeps every 8th window out of the regression, to choose the ridge on
+# What a fitted run's train.toml says: the settings that a fit has.
+FITTED = ("out_dir", "data_dir", "fit", "sparse", "dense", "fit_tokens", "ridge", "bridge_afrac",
+          "block_size", "tokenizer_hash")
 
 
 @dataclass
@@ -53,6 +64,11 @@ class BridgeConfig(TrainConfig):
     bridge_rows: int = bounded(0, at_least=0)  # sequences of a batch that the terms see; 0 = all
     recompute: bool = True  # hold one site's hybrid passes at a time, and run them forward twice
     eval: bool = False      # measure a bridged run instead of training one
+    fit: bool = False       # bridge `sparse` and `dense` as they are, instead of training one
+    sparse: str = ""        # a model directory, for --fit
+    fit_tokens: int = bounded(500_000, at_least=1)  # of the training data, for --fit
+    # shares of the inputs' mean variance; --fit takes the one that is best on held-out windows
+    ridge: tuple = bounded((1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1), above=0)
 
 
 class Bridges(nn.Module):
@@ -309,6 +325,132 @@ def bridge_text(measured: dict) -> str:
     return "\n".join(lines)
 
 
+# --- bridges between two models that stay as they are ----------------------------------------
+
+def add_moments(sums: Tensor, net: Coupled, idx: Tensor) -> None:
+    """Add tokens idx (B, T) to the sums (n_sites, w, w), double, of z' z at each site: z is a one,
+    the dense stream and the sparse one side by side, w = 1 + d_dense + d_sparse."""
+    for total, d, s in zip(sums, streams(net.dense, idx), streams(net.sparse, idx)):
+        z = torch.cat([torch.ones_like(d[..., :1]), d, s], -1).flatten(0, 1).double()
+        total.addmm_(z.T, z)
+
+
+@torch.no_grad()
+def gather(net: Coupled, run: Run) -> Tensor:
+    """(2, n_sites, w, w): the `add_moments` of the windows to fit, and of those held out; both
+    evenly spaced over the training data. ValueError where these or fit_tokens are too few."""
+    T = run.cfg.block_size
+    n_windows = min(run.cfg.fit_tokens, len(run.train) - 1) // T
+    if n_windows < HELD_OUT:
+        raise ValueError(f"a fit needs {HELD_OUT} windows of {T} tokens; {run.cfg.data_dir} has "
+                         f"{len(run.train)} tokens, fit_tokens is {run.cfg.fit_tokens}")
+    starts = np.linspace(0, len(run.train) - T - 1, n_windows).astype(np.int64)
+    held_out = np.arange(n_windows) % HELD_OUT == HELD_OUT - 1
+    width = 1 + net.dense.config.d_model + net.sparse.config.d_model
+    shape = (2, len(net.bridges.encoders), width, width)
+    sums = torch.zeros(shape, dtype=torch.double, device=run.device)
+
+    batches = []  # few windows at a time: the streams at all sites are held
+    for part, chosen in zip(sums, (starts[~held_out], starts[held_out])):
+        batches += [(part, chosen[i : i + 16]) for i in range(0, len(chosen), 16)]
+    began = time.monotonic()
+    for done, (part, chosen) in enumerate(batches, 1):
+        idx, _ = inputs_and_targets(run.train, chosen, T, run.device)
+        add_moments(part, net, idx)
+        if done % math.ceil(len(batches) / 10) == 0 or done == len(batches):
+            share = done / len(batches)
+            seconds = time.monotonic() - began
+            run.say(f"{share:4.0%} of {n_windows * T:,} tokens  "
+                    f"{seconds / share * (1 - share) / 60:.1f} min left")
+    if not sums.isfinite().all():
+        raise ValueError("a stream of one of the models is not finite")
+    return sums
+
+
+def about(sums: Tensor, mean: Tensor) -> Tensor:
+    """One site's `add_moments` (w, w) -> the mean products (w - 1, w - 1) of what the channels of
+    both streams are beyond `mean` (w - 1,)."""
+    moments = sums / sums[0, 0]  # of the ones: the number of tokens
+    own = moments[0, 1:]
+    return moments[1:, 1:] - torch.outer(own, mean) - torch.outer(mean, own - mean)
+
+
+def ridge_map(fit: Tensor, held_out: Tensor, x: slice, y: slice, ridges) -> tuple:
+    """Ridge regression of the channels y on the channels x, of two `about` (w - 1, w - 1): the map
+    (n_y, n_x) whose squared error held out is least; its ridge; and that error, summed over y."""
+    # Along the principal axes of x each ridge only divides, and its error is a quadratic form: all
+    # of them together cost little more than one.
+    variance, axes = torch.linalg.eigh(fit[x, x])
+    along = fit[y, x] @ axes
+    linear = (along * (held_out[y, x] @ axes)).sum(0)
+    square = (along.T @ along) * (axes.T @ held_out[x, x] @ axes)
+    least = None
+    for ridge in ridges:
+        # rounded, the smallest variance may lie below 0; a stream that is constant has none at all
+        shrunk = 1 / (variance.clamp(min=0) + ridge * variance.mean().clamp(min=1e-30))
+        error = held_out[y, y].trace() - 2 * shrunk @ linear + shrunk @ square @ shrunk
+        if least is None or error < least[2]:
+            least = (along * shrunk @ axes.T, ridge, error)
+    return least
+
+
+@torch.no_grad()
+def fit_bridges(net: Coupled, sums: Tensor, ridges) -> Iterator[str]:
+    """Set encoders and decoders by what `gather` returned; a line for each site that is done.
+
+    An encoder is the regression, before its AbsTopK. A decoder reads the sparse model's stream,
+    which ends in no AbsTopK: for it the regression is the best that a linear map can be.
+    """
+    yield "fitted, held out:   encoder's NMSE before AbsTopK, ridge   decoder's NMSE, ridge"
+    dense = slice(0, net.dense.config.d_model)
+    sparse = slice(net.dense.config.d_model, None)
+    for i, (fit, held_out) in enumerate(zip(*sums)):
+        mean = fit[0, 1:] / fit[0, 0]
+        second = held_out.diagonal()[1:] / held_out[0, 0]  # the moments that an NMSE is measured by
+        fit = about(fit, mean)
+        held_out = about(held_out, mean)
+        line = f"  site {i:2}"
+        for layer, x, y, width in ((net.bridges.encoders[i], dense, sparse, 41),
+                                   (net.bridges.decoders[i], sparse, dense, 17)):
+            weight, ridge, error = ridge_map(fit, held_out, x, y, ridges)
+            layer.weight.copy_(weight)
+            layer.bias.copy_(mean[y] - weight @ mean[x])
+            line += f"{error / second[y].sum():{width}.3f}, {ridge:5.0e}"
+        yield line
+
+
+def check_fitted(cfg: BridgeConfig) -> None:
+    """ValueError where out_dir holds more than an earlier fit to the same sparse model."""
+    if not cfg.sparse:
+        raise ValueError("--fit needs the sparse model's directory: --sparse=DIR")
+    taken = (os.path.realpath(cfg.out_dir) == os.path.realpath(cfg.sparse)
+             or os.path.exists(os.path.join(cfg.out_dir, "state.pt")))
+    try:
+        taken = taken or weights_hash(cfg.out_dir) != weights_hash(cfg.sparse)
+    except ValueError:  # no model is there
+        pass
+    if taken:
+        raise ValueError(f"out_dir {cfg.out_dir} holds a run or a model; give another --out_dir")
+
+
+def write_fitted(cfg: BridgeConfig, bridges: Bridges) -> None:
+    """The run directory of a fit: the sparse model's own files, so that its circuits are this run's
+    too; the settings of the fit; last the bridges."""
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    weights = [os.path.basename(file) for file in weights_files(cfg.sparse)]
+    beside = ["model.safetensors.index.json", "tokenizer.json", "encoder.json", "vocab.bpe"]
+    # the config comes last: a directory that has it has the weights
+    for name in (*weights, *beside, LAYOUTS[layout_of(cfg.sparse)][0]):
+        source = os.path.join(cfg.sparse, name)
+        if name in beside and not os.path.exists(source):
+            continue
+        with open(source, "rb") as f:
+            write_atomic(os.path.join(cfg.out_dir, name), partial(shutil.copyfileobj, f))
+    settings = [line for line in to_toml(cfg).splitlines() if line.split(" = ")[0] in FITTED]
+    write_atomic(os.path.join(cfg.out_dir, "train.toml"), "\n".join([*settings, ""]).encode())
+    write_atomic(os.path.join(cfg.out_dir, "bridges.pt"), partial(torch.save, bridges.state_dict()))
+
+
 # --- the command -----------------------------------------------------------------------------
 
 def describe(seen: tuple[Tensor, Tensor]) -> dict:
@@ -349,17 +491,51 @@ def train(cfg: BridgeConfig) -> int:
     return loop(run, job)
 
 
+def begin_for(cfg: BridgeConfig, model_dir: str, model: GPT) -> Run:
+    """`begin` with the windows of a model that is there. ValueError where the data are of another
+    tokenizer, or hold other tokens."""
+    c = model.config
+    # the tokenizer is checked here, where that of the model is known
+    run = begin(replace(cfg, block_size=window_of(model_dir, c.block_size), tokenizer_hash=""))
+    own = tokenizer_in(model_dir)
+    known = tokenizer_hash(own) if own else tokenizer_of(model_dir)
+    of_data = run.cfg.tokenizer_hash
+    if ("" not in (known, of_data) and known != of_data) or run.meta["vocab_size"] != c.vocab_size:
+        raise ValueError(f"{cfg.data_dir} was prepared with another tokenizer than that of "
+                         f"{model_dir}; give its --data_dir")
+    run.cfg.tokenizer_hash = known or of_data
+    return run
+
+
+def fit(cfg: BridgeConfig, device: str) -> tuple[Coupled, Run]:
+    """--fit: the pair whose bridges were fitted and written to out_dir. ValueError or OSError."""
+    check_fitted(cfg)
+    sparse = GPT.load(cfg.sparse, device).requires_grad_(False)
+    run = begin_for(cfg, cfg.sparse, sparse)
+    net = couple(sparse, cfg.out_dir, cfg.dense, device, run.cfg.tokenizer_hash, cfg.bridge_afrac)
+    for line in fit_bridges(net, gather(net, run), cfg.ridge):
+        run.say(line)
+    write_fitted(run.cfg, net.bridges)
+    return net.eval(), run
+
+
 def main(argv: list[str]) -> int:
     cfg = of_the_family(parse(BridgeConfig, argv))
-    if not cfg.eval:
+    if cfg.sparse and not cfg.fit:
+        die("sparse is for --fit; a model that is trained starts anew")
+    if not cfg.eval and not cfg.fit:
         return train(cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        die("--eval is for one process; call python bridge.py")
+        die("--eval and --fit are for one process; call python bridge.py")
     try:
         device = device_of(cfg.device)
-        sparse = GPT.load(cfg.out_dir, device).requires_grad_(False)
-        net = load_bridged(cfg.out_dir, cfg.dense, sparse, device)
-        measured = measure(net, begin(replace(cfg, block_size=sparse.config.block_size)))
+        if cfg.eval:  # also of a fitted run by its own train.toml, which says fit
+            sparse = GPT.load(cfg.out_dir, device).requires_grad_(False)
+            net = load_bridged(cfg.out_dir, cfg.dense, sparse, device)
+            run = begin_for(cfg, cfg.out_dir, sparse)
+        else:
+            net, run = fit(cfg, device)
+        measured = measure(net, run)
         write_atomic(os.path.join(cfg.out_dir, "bridges.json"), json.dumps(measured).encode())
     except (ValueError, OSError) as e:
         die(e)

@@ -30,7 +30,7 @@ from bridge import Coupled, load_bridged, streams
 from circuit import circuit_of, read_circuit
 from model import GPT, device_of, weights_hash
 from tasks import Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of
-from tokens import random_windows
+from tokens import random_windows, window_of
 
 STRENGTHS = [round(0.1 * i, 1) for i in range(11)]  # 1 = the whole of what the decoder says
 COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
@@ -88,12 +88,13 @@ def toward_other(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rms_ratio(net: Coupled, path: str, n_tokens: int = 16384) -> list[float]:
+def rms_ratio(net: Coupled, path: str, n_tokens: int = 16384, window: int = 0) -> list[float]:
     """RMS of the sparse model's stream over the dense one's, per site, on random windows of a file
-    of tokens."""
+    of tokens. window: their tokens, 0 = as many as the sparse model takes."""
     c = net.sparse.config
+    window = window or c.block_size
     squares = torch.zeros(2, len(net.bridges.encoders), dtype=torch.double)  # sums; sparse, dense
-    for ids in random_windows(path, c.vocab_size, c.block_size, n_tokens, 0, net.weights.device):
+    for ids in random_windows(path, c.vocab_size, window, n_tokens, 0, net.weights.device):
         for side, model in enumerate((net.sparse, net.dense)):
             # weighed by its rows: the last batch may be smaller
             means = [h.square().mean().item() * len(ids) for h in streams(model, ids)]
@@ -350,7 +351,7 @@ def steer(cfg: SteerConfig, argv: list[str]) -> dict:
                              "activations cannot be exchanged token by token")
 
     by_hand = chosen_by_hand(cfg.node, candidates) if cfg.node else []
-    ratio = rms_ratio(net, os.path.join(cfg.data, "train.bin"))
+    ratio = rms_ratio(net, os.path.join(cfg.data, "train.bin"), window=window_of(cfg.run, T))
     nodes = by_hand or choose(net, candidates, train, cfg.channels, ratio)
     single = best_single(net, by_hand or candidates, train, ratio)
     print(f"steering {dense_dir} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, "
