@@ -365,7 +365,7 @@ def make_program(circuit: dict) -> str:
                 lines += [f"    {name} = (  # {site}.{channel}", "        0.5 * t +", "        0.25)", "    y = 0"]
             else:
                 lines.append(f"    {name} = 0.5 * t + 0.1  # {site}.{channel}")
-        lines += ["", "        # indented, but behind an empty line"]
+        lines += [" " * 9, "        # indented, but behind an empty line"]
     return "\n".join(lines) + "\n"
 
 
