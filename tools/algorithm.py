@@ -101,7 +101,7 @@ def divides(x: np.ndarray, first: np.ndarray) -> tuple[float, float, bool]:
 # --- sentences --------------------------------------------------------------------------------
 
 def value(x: float) -> str:
-    return f"{x:+.3g}"
+    return f"{x:+.3g}" if abs(x) >= 5e-4 else "0"
 
 
 def listed(entries: Iterable[tuple[str, float]]) -> str:
@@ -137,7 +137,6 @@ def of_head(name: str, queries: list[str], keys: list[str], seen: Seen) -> str:
     if queries:
         query = f"by {' and '.join(queries)}"
     if not queries and not keys:
-        _, n = np.unique(seen.last, return_index=True)
         length = seen.position[seen.last] + 1
         of_sink = seen.heads[name][:, -1]
         few = of_sink[length <= np.quantile(length, 0.1)].mean()

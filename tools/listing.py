@@ -36,20 +36,39 @@ def total(terms: Iterable[tuple[float, str]], constant: float, digits: int) -> s
 
 
 def statement(start: str, expression: str, mark: str = "") -> list[str]:
-    """The lines of `start` and an expression, the mark at the end of the first; a sum that is too
-    long is broken before its signs and behind its commas."""
+    """The lines of `start` and an expression, the mark at the end of the first. What is too long
+    for one goes over several, in the brackets of its call or in some of its own: broken before
+    signs, and where that is not enough behind commas."""
     comment = f"  # {mark}" if mark else ""
     line = f"    {start}{expression}{comment}"
     if len(line) <= COLUMNS:
         return [line]
-    lines = [f"    {start}({comment}"]
+    call = re.match(r"\w+\(", expression)
+    opening = "("
+    if call and closes(expression) == len(expression) - 1:
+        opening = call[0]
+        expression = expression[call.end() : -1]
+    room = COLUMNS - 9  # eight columns in front, and a bracket behind
+    lines = [f"    {start}{opening}{comment}"]
     row = ""
-    for piece in re.split(r"(?= [+-] )|(?<=, )", expression):
-        if row and len(row + piece) > COLUMNS - 10:
-            lines.append(f"        {row.strip()}")
-            row = ""
-        row += piece
+    for sum_part in re.split(r"(?= [+-] )", expression):
+        pieces = [sum_part] if len(sum_part) <= room else re.split(r"(?<=, )", sum_part)
+        for piece in pieces:
+            if row and len((row + piece).strip()) > room:
+                lines.append(f"        {row.strip()}")
+                row = ""
+            row += piece
     return [*lines, f"        {row.strip()})"]
+
+
+def closes(expression: str) -> int:
+    """Where the first bracket of an expression is closed."""
+    depth = 0
+    for i, letter in enumerate(expression):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and letter in ")]}":
+            return i
+    return -1
 
 
 def in_braces(entries: Iterable[tuple[int, str]]) -> str:
@@ -320,13 +339,15 @@ class Writer:
             variables = {c: self.name(FINAL, c) for c in self.channels(FINAL)}
             self.add("stream = ", "0 * stream", "at the end all other channels are held, too")
             held = self.constants[FINAL].double()
-        self.norm("final", held, variables)
+        self.add("last = ", in_braces(variables.items()))
+        self.held["final"] = held
+        self.add("norm = ", 'rms("final", stream, last)')
 
         weights = self.unembedding()
         for i in range(len(self.answers)):
             terms = [(weights[i, c].item(), name) for c, name in variables.items()
                      if weights[i, c] != 0]
-            terms.append((1.0, f"own({i}, stream, {list(variables)})"))
+            terms.append((1.0, f"own({i}, stream, last)"))
             said = self.total(terms, 0.0)
             if len(terms) > 1:
                 said = f"({said})"

@@ -57,7 +57,7 @@ PROMPTS = 128         # pairs of which --algorithm speaks
 
 # names that a program has already
 TAKEN = set("""ANSWERS BIGRAM CALIBRATION DATA EMBEDDING EPS IDS LONGEST TABLES TOKENS WORDS argparse
-    attention circuit embed gelu logits logits_of main math np own re relu rms shown stream sys t
+    attention circuit embed gelu last logits logits_of main math np own re relu rms shown stream sys t
     norm tokens_of whole Path""".split())
 
 
@@ -342,8 +342,10 @@ def write_program(path: Path, args: argparse.Namespace) -> Program:
           f"{program.losses['standalone']:.3f} nats held out, {program.losses['with_topk']:.3f} "
           f"with AbsTopK, margins correlate {program.correlation:.3f}\n{out}", flush=True)
     if args.algorithm:
-        for sentence in in_words(case, program, names, content["answers"]):
-            print(f"- {sentence}", flush=True)
+        sentences = in_words(case, program, names, content["answers"])
+        text = "".join(f"- {sentence}\n" for sentence in sentences)
+        write_atomic(str(path.with_name("algorithm.txt")), text.encode())
+        print(text, end="", flush=True)
     return program
 
 

@@ -45,9 +45,9 @@ def rms(read, stream, written={}):
     return np.sqrt(np.mean(whole(read, stream, written) ** 2, axis=1) + EPS)
 
 
-def own(answer, stream, channels):
-    """What all channels but these say for an answer, (T,), before the last norm."""
-    x = whole("final", stream, dict.fromkeys(channels, 0.0))
+def own(answer, stream, written):
+    """What all channels but those written say for an answer, (T,), before the last norm."""
+    x = whole("final", stream, dict.fromkeys(written, 0.0))
     return x @ DATA["unembedding"][answer].astype(np.float64)
 
 
@@ -140,7 +140,8 @@ def main():
         if not 0 < len(ids) <= LONGEST or not all(0 <= i < len(TOKENS) for i in ids):
             raise ValueError(f"a prompt has 1 to {LONGEST} tokens, ids below {len(TOKENS)}")
     except ValueError as e:
-        sys.exit(f"program.py: {e}")
+        print(f"program.py: {e}", file=sys.stderr)
+        sys.exit(2)
     logits, variables = logits_of(ids)
     if args.trace:  # a row for each token, a column for each variable
         one_each = (len(ids),)
