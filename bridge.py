@@ -48,6 +48,8 @@ HELD_OUT = 8  # --fit keeps every 8th window out of the regression, to choose th
 # What a fitted run's train.toml says: the settings that a fit has.
 FITTED = ("out_dir", "data_dir", "fit", "sparse", "dense", "fit_tokens", "ridge", "bridge_afrac",
           "block_size", "tokenizer_hash")
+# What may lie beside a published model: the list of its files of weights, and its tokenizer.
+BESIDE_A_MODEL = ("model.safetensors.index.json", "tokenizer.json", "encoder.json", "vocab.bpe")
 
 
 @dataclass
@@ -419,36 +421,20 @@ def fit_bridges(net: Coupled, sums: Tensor, ridges) -> Iterator[str]:
         yield line
 
 
-def check_fitted(cfg: BridgeConfig) -> None:
-    """ValueError where out_dir holds more than an earlier fit to the same sparse model."""
-    if not cfg.sparse:
-        raise ValueError("--fit needs the sparse model's directory: --sparse=DIR")
-    taken = (os.path.realpath(cfg.out_dir) == os.path.realpath(cfg.sparse)
-             or os.path.exists(os.path.join(cfg.out_dir, "state.pt")))
-    try:
-        taken = taken or weights_hash(cfg.out_dir) != weights_hash(cfg.sparse)
-    except ValueError:  # no model is there
-        pass
-    if taken:
-        raise ValueError(f"out_dir {cfg.out_dir} holds a run or a model; give another --out_dir")
-
-
 def write_fitted(cfg: BridgeConfig, bridges: Bridges) -> None:
-    """The run directory of a fit: the sparse model's own files, so that its circuits are this run's
-    too; the settings of the fit; last the bridges."""
+    """A fit's run directory: bridges, settings, and the sparse model's files as they are, so that
+    its circuits are this run's too. OSError where it cannot be written."""
     os.makedirs(cfg.out_dir, exist_ok=True)
-    weights = [os.path.basename(file) for file in weights_files(cfg.sparse)]
-    beside = ["model.safetensors.index.json", "tokenizer.json", "encoder.json", "vocab.bpe"]
-    # the config comes last: a directory that has it has the weights
-    for name in (*weights, *beside, LAYOUTS[layout_of(cfg.sparse)][0]):
-        source = os.path.join(cfg.sparse, name)
-        if name in beside and not os.path.exists(source):
-            continue
-        with open(source, "rb") as f:
-            write_atomic(os.path.join(cfg.out_dir, name), partial(shutil.copyfileobj, f))
+    write_atomic(os.path.join(cfg.out_dir, "bridges.pt"), partial(torch.save, bridges.state_dict()))
     settings = [line for line in to_toml(cfg).splitlines() if line.split(" = ")[0] in FITTED]
     write_atomic(os.path.join(cfg.out_dir, "train.toml"), "\n".join([*settings, ""]).encode())
-    write_atomic(os.path.join(cfg.out_dir, "bridges.pt"), partial(torch.save, bridges.state_dict()))
+    weights = [os.path.basename(file) for file in weights_files(cfg.sparse)]
+    # the config comes last: a directory is a model once all the rest is there
+    for name in (*BESIDE_A_MODEL, *weights, LAYOUTS[layout_of(cfg.sparse)][0]):
+        source = os.path.join(cfg.sparse, name)
+        if os.path.exists(source):
+            with open(source, "rb") as f:
+                write_atomic(os.path.join(cfg.out_dir, name), partial(shutil.copyfileobj, f))
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -509,7 +495,8 @@ def begin_for(cfg: BridgeConfig, model_dir: str, model: GPT) -> Run:
 
 def fit(cfg: BridgeConfig, device: str) -> tuple[Coupled, Run]:
     """--fit: the pair whose bridges were fitted and written to out_dir. ValueError or OSError."""
-    check_fitted(cfg)
+    if any(os.path.exists(os.path.join(cfg.out_dir, config)) for config, _ in LAYOUTS.values()):
+        raise ValueError(f"out_dir {cfg.out_dir} already holds a model; give another --out_dir")
     sparse = GPT.load(cfg.sparse, device).requires_grad_(False)
     run = begin_for(cfg, cfg.sparse, sparse)
     net = couple(sparse, cfg.out_dir, cfg.dense, device, run.cfg.tokenizer_hash, cfg.bridge_afrac)
@@ -521,8 +508,8 @@ def fit(cfg: BridgeConfig, device: str) -> tuple[Coupled, Run]:
 
 def main(argv: list[str]) -> int:
     cfg = of_the_family(parse(BridgeConfig, argv))
-    if cfg.sparse and not cfg.fit:
-        die("sparse is for --fit; a model that is trained starts anew")
+    if not cfg.eval and cfg.fit != bool(cfg.sparse):
+        die("--fit and --sparse=DIR go together: DIR is the model that stays as it is")
     if not cfg.eval and not cfg.fit:
         return train(cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
