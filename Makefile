@@ -17,10 +17,11 @@ TARGET_while_return_true := 0.05
 .PRECIOUS: $(BRIDGE)/%/circuit.json
 
 demo: $(OUT)/$(TASK)/circuit.json
-	@echo "== 4/4 measure how far to trust it (with controls, half an hour: $(PY) validate.py --circuit=$<), draw it"
+	@echo "== 4/4 measure how far to trust it (with controls, half an hour: $(PY) validate.py --circuit=$<), write it down, draw it"
 	@$(PY) validate.py --circuit=$< --controls=false
+	@$(PY) -m tools.program $<
 	@$(PY) view.py $<
-	@echo "Open the page above in a browser."
+	@echo "Open the page above in a browser: the circuit, and beside it the same as a program, which runs by itself."
 
 bench: $(DATA)/meta.json
 	$(PY) -m tools.bench --config=configs/demo.toml

@@ -247,7 +247,8 @@ class Writer:
         bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.chunk(n)[z]
         self.matrices[f"bias.{b}"] = bias
         self.matrices[f"mean.{a}"] = self.constants[a]
-        self.contest(b, f'kept("{b}", "{a}", {in_braces(given.items())}, ', f", {act}" if act else "")
+        call = f'kept("{b}", "{a}", {in_braces(given.items())}, '
+        self.contest(b, call, f", {act}" if act else "")
 
     def of_site(self, site: str) -> dict[int, str]:
         return {c: self.name(site, c) for c in self.channels(site)}

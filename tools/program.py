@@ -10,9 +10,11 @@
   vocabulary, and what the norms see of the stream but no line of the circuit writes.
 - It has no AbsTopK, in which channels outside the circuit decide (docs/ablation.md). How far that
   is from the circuit in its model is printed: both losses, and how their margins correlate. A
-  circuit that was found with `prune.py --standalone` runs so by itself, and is the same.
-- As many digits are written as it takes: the program's logit differences are those of the circuit,
-  run by PyTorch without AbsTopK, within 1e-4 on every held-out prompt; or it says by how much not.
+  circuit that was found with `prune.py --standalone` runs so by itself, and is the same. With
+  `--competition` the program has AbsTopK as well, at the price of weights that it does not show.
+- As many digits are written as it takes: the program's logit differences are those of the circuit
+  as PyTorch runs it (without AbsTopK, or with `--competition` with it), within 1e-4 on every
+  held-out prompt; or it says by how much not.
 - `--names=FILE`: lines such as `L0_mlp_neuron_12 = "quote_type"` (TOML); `--names=tokens`: each by
   the tokens that turn it on most.
 - `--algorithm`: in words, from rules and with the numbers behind each (tools/algorithm.py).
@@ -20,16 +22,13 @@
 import argparse
 import io
 import keyword
-import os
 import re
 import runpy
 import statistics
-import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
@@ -53,12 +52,10 @@ DIGITS = range(3, 9)  # of every number in the program: as few as are exact
 EXACT = 1e-4          # logits
 TRIED = 32            # pairs on which the digits are chosen
 PROMPTS = 128         # pairs of which --algorithm speaks
-
-
 # names that a program has already
-TAKEN = set("""ANSWERS BIGRAM CALIBRATION DATA EMBEDDING EPS IDS LONGEST TABLES TOKENS WORDS argparse
-    attention circuit embed gelu last logits logits_of main math np own re relu rms shown stream sys t
-    norm tokens_of whole Path""".split())
+TAKEN = set("""ANSWERS BIGRAM CALIBRATION DATA EMBEDDING EPS IDS LONGEST Path TABLES TOKENS WORDS
+    argparse attention circuit compete embed gelu kept kept_of_read largest last logits logits_of
+    main math norm np own re relu rms shown stream sys t tokens_of whole""".split())
 
 
 # --- names ----------------------------------------------------------------------------------
@@ -72,9 +69,12 @@ SPOKEN = {
 
 
 def spoken(token: str) -> str:
-    """A token as part of a name: `(\'` is open_quote."""
-    words = re.sub(r"[^\w]", lambda found: f" {SPOKEN.get(found[0], '')} ", token).split()
-    return "_".join(words) or "space"
+    """A token as part of a name: `('` is open_quote."""
+    text = ""
+    for letter in token:
+        is_word = letter.isalnum() or letter == "_"
+        text += letter if is_word else f" {SPOKEN.get(letter, '')} "
+    return "_".join(text.split()) or "space"
 
 
 def read_names(path: str, nodes: set[str]) -> dict[str, str]:
@@ -89,7 +89,7 @@ def read_names(path: str, nodes: set[str]) -> dict[str, str]:
             raise ValueError(f"{path} names {plain}, which is no node of the circuit")
         usable = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
         if not usable or name in TAKEN or re.fullmatch(r"stream_\d+|L\d+_head\d+", name):
-            raise ValueError(f"{path} calls {plain} {name!r}, which cannot be a variable's name here")
+            raise ValueError(f"{path} calls {plain} {name!r}, which cannot be a name here")
     given = [names.get(plain, plain) for plain in nodes]
     twice = {name for name in given if given.count(name) > 1}
     if twice:
@@ -338,7 +338,8 @@ def write_program(path: Path, args: argparse.Namespace) -> Program:
     write_atomic(str(out.with_suffix(".npz")), packed(program.arrays))
     write_atomic(str(out), program.text.encode())
     exact = "exact" if program.error < EXACT else f"NOT exact: off by {program.error:.2g} logits"
-    print(f"{content['task']}: {program.lines} lines, {program.digits} digits; {exact} (at most {program.error:.1e}); "
+    print(f"{content['task']}: {program.lines} lines, {program.digits} digits; "
+          f"{exact} (at most {program.error:.1e}); "
           f"{program.losses['standalone']:.3f} nats held out, {program.losses['with_topk']:.3f} "
           f"with AbsTopK, margins correlate {program.correlation:.3f}\n{out}", flush=True)
     if args.algorithm:
@@ -357,6 +358,25 @@ def circuits_in(path: Path) -> list[Path]:
     if not found:
         raise ValueError(f"no {path}/*/circuit.json; prune.py writes them")
     return found
+
+
+def print_table(paths: list[Path], programs: list[Program]) -> None:
+    """Every circuit of a run: its size, its program's, both losses (nats), and what is exact."""
+    print("\n| task | nodes | edges | lines | standalone | with AbsTopK | margins correlate "
+          "| largest error, logits |\n" + 8 * "|---" + "|")
+    for path, program in zip(paths, programs):
+        content = read_circuit(str(path))
+        print(f"| {content['task']} | {content['n_nodes']} | {content['n_edges']} "
+              f"| {program.lines} | {program.losses['standalone']:.3f} "
+              f"| {program.losses['with_topk']:.3f} | {program.correlation:.3f} "
+              f"| {program.error:.1e} |")
+    lines = statistics.median(program.lines for program in programs)
+    print(f"median length: {lines:g} lines, and {shared_lines()} that all programs share")
+
+
+def shared_lines() -> int:
+    text = REST.read_text(encoding="utf-8")
+    return text[text.index(DASHES):].count("\n")
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -382,8 +402,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = read_arguments(argv)
     try:
-        for path in circuits_in(args.circuit):
-            write_program(path, args)
+        paths = circuits_in(args.circuit)
+        programs = [write_program(path, args) for path in paths]
+        if len(paths) > 1:
+            print_table(paths, programs)
     except (ValueError, OSError) as e:
         die(e)
     return 0

@@ -1,4 +1,4 @@
-"""What every program of tools/program.py has below its circuit: all that follows the line of dashes.
+"""What every program of tools/program.py has below its circuit: all from the line of dashes on.
 
 Not run as it stands: EPS, TABLES, ANSWERS, CALIBRATION and `circuit` are in the program itself.
 """
