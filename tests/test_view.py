@@ -297,7 +297,7 @@ def open_page(page: Path, folder: Path, *flags: str) -> tuple[str, list[str]]:
         [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", *quiet,
          f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
          "--window-size=1400,1000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=60)
+        capture_output=True, text=True, timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
