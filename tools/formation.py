@@ -1,0 +1,282 @@
+"""A circuit through training: when do its parts form, before weights go or while they do?
+
+    python train.py --config=configs/demo.toml --keep_every=165
+    python prune.py --config=configs/demo_prune.toml
+    python -m tools.formation --run=out/demo --task=single_double_quote
+
+In RUN/TASK/formation/, of each step that the run kept and of its end:
+- formation.json, all numbers: the task loss of the whole model and of its bigram table alone;
+  density, learning rate, validation loss; the circuit of the step; and of each edge of the final
+  circuit its weight, its rank in its matrix, and what the model loses without it.
+- formation.html: one page that needs no network, with a slider over the steps.
+- formation.png: the curves, for a paper. It needs pip install -r requirements-extra.txt
+
+The final circuit is RUN/TASK/circuit.json; where there is none, the model is pruned first. From it
+the walk goes backward: masks of each step begin with the gates of the step after it wide open and
+the others ajar, and are learnt for few steps. A step whose whole model misses the target has no
+circuit. A control, the final model pruned with other mask seeds, says how much two circuits of one
+model overlap. What is finished lies in parts/ and is not done again. docs/formation.md says more.
+"""
+import html
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+# before torch: how its threads wait (SPIN in config.py) is read while it loads
+from config import as_script, bounded, die, parse, write_atomic
+
+from circuit import circuit_of, read_circuit
+from model import weights_hash
+from prune import PruneConfig, in_processes, prune_task
+from tasks import load_model, load_pairs, task_of
+from tools.formation_result import FORMAT, content_of, plot, text_of
+from tools.formation_steps import Study, circuit_at, control, edges_at, nodes_of
+from tools.planted import parts_found
+from train import TrainConfig
+from view import as_data, page
+
+PAGE = Path(__file__).with_name("formation.html")
+
+
+@dataclass
+class FormationConfig:
+    run: str = "out/demo"           # of train.py, with --keep_every
+    task: str = "single_double_quote"  # or a file of pairs: .jsonl, .csv
+    out_dir: str = ""               # "" = RUN/TASK/formation
+    data: str = "data/tinypython"   # for the means: train.bin
+    tokenizer: str = "data/tinypython/tokenizer.tiktoken"
+    jobs: int = bounded(2, at_least=1)  # processes at a time; more than two have nothing to do
+    # what is asked of the final circuit where RUN/TASK/circuit.json is still to be made
+    target_loss: float = bounded(0.15, above=0)
+    necessity: float = bounded(0.55, at_least=0)
+    mask_steps: int = bounded(100, at_least=1)  # at each kept step
+    fit_pairs: int = bounded(128, at_least=1)   # that circuits of kept steps are searched for on
+    cut_pairs: int = bounded(256, at_least=1)   # held-out pairs on which single edges are cut
+    matters: float = bounded(0.01, above=0)     # nats that cutting an edge must cost to count
+    controls: int = bounded(2, at_least=0)      # other mask seeds on the final model
+
+
+# --- what a run has left -----------------------------------------------------------------------
+
+def read_log(path: str) -> list[dict]:
+    """The entries of log.jsonl. ValueError, in one line, where one is damaged."""
+    entries = []
+    with open(path, encoding="utf-8") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                entry = json.loads(line)
+                int(entry["step"])
+            except (ValueError, TypeError, LookupError):
+                raise ValueError(f"{path}, line {n} is damaged") from None
+            entries.append(entry)
+    return entries
+
+
+def read_run(folder: str) -> tuple[TrainConfig, list[dict], dict[int, str]]:
+    """The settings of a finished run, its log, and its models by step, the last one the final.
+    ValueError, in one line, where it is none, or kept no step."""
+    for name in ("train.toml", "log.jsonl"):
+        if not os.path.exists(os.path.join(folder, name)):
+            raise ValueError(f"{folder} is no run of train.py: it has no {name}")
+    cfg = parse(TrainConfig, [f"--config={os.path.join(folder, 'train.toml')}"])
+    log = read_log(os.path.join(folder, "log.jsonl"))
+    done = max([entry["step"] for entry in log], default=0)
+    if done < cfg.max_steps:
+        raise ValueError(f"{folder} is at step {done} of {cfg.max_steps}: train it to its end "
+                         "first, with --resume")
+    kept = {}
+    for name in os.listdir(folder):
+        number = re.fullmatch(r"step_(\d+)", name)
+        if number and int(number[1]) < cfg.max_steps:
+            kept[int(number[1])] = os.path.join(folder, name)
+    if not kept:
+        raise ValueError(f"{folder} kept no step; train it with --keep_every=N")
+    return cfg, log, dict(sorted(kept.items())) | {cfg.max_steps: folder}
+
+
+def final_circuit(cfg: FormationConfig) -> dict:
+    """The content of RUN/TASK/circuit.json, which is made where there is none. ValueError where it
+    is of other weights."""
+    path = os.path.join(cfg.run, task_of(cfg.task).name, "circuit.json")
+    if not os.path.exists(path):
+        prune_task(PruneConfig(
+            model=cfg.run, task=cfg.task, data=cfg.data, tokenizer=cfg.tokenizer, minimal=True,
+            target_loss=(cfg.target_loss,), necessity=cfg.necessity), cfg.task)
+    content = read_circuit(path)
+    if content["model"]["sha256"] != weights_hash(cfg.run):
+        raise ValueError(f"{path} is of other weights than those in {cfg.run}; prune the task "
+                         "again, or remove it")
+    return content
+
+
+def asked_of(content: dict, cfg: FormationConfig) -> PruneConfig:
+    """The settings that the final circuit was pruned with."""
+    known = {f.name for f in fields(PruneConfig)}
+    given = {key: value for key, value in content["settings"].items() if key in known}
+    own = dict(model=cfg.run, task=cfg.task, data=cfg.data, tokenizer=cfg.tokenizer, out_dir="",
+               device="cpu", target_loss=(content["target_loss"],))
+    return PruneConfig(**given | own)
+
+
+def study_of(cfg: FormationConfig, folders: dict[int, str], final: dict) -> Study:
+    """What all steps share. ValueError or OSError, in one line, where that cannot be had."""
+    task = task_of(cfg.task)
+    asked = asked_of(final, cfg)
+    model, tokenizer = load_model(cfg.run, cfg.tokenizer)
+    circuit, _ = circuit_of(final, model)
+    nodes, edges = parts_found(model, circuit)
+    T = model.config.block_size
+    n = asked.train_pairs + asked.apart_pairs  # the same pairs as prune.py draws
+    train = load_pairs(task, tokenizer, n, "train", T, asked.seed).first(asked.train_pairs)
+    heldout = load_pairs(task, tokenizer, asked.heldout_pairs, "heldout", T, asked.seed)
+    return Study(
+        folders=folders, task=task, tokenizer=tokenizer, tokenizer_path=cfg.tokenizer,
+        pruning=asked, mask_steps=cfg.mask_steps, train=train, fit=train.first(cfg.fit_pairs),
+        heldout=heldout, cut=heldout.first(cfg.cut_pairs), final=final, nodes=nodes,
+        edges=sorted(edges))
+
+
+def folder_of(cfg: FormationConfig) -> str:
+    """Where everything goes."""
+    return cfg.out_dir or os.path.join(cfg.run, task_of(cfg.task).name, "formation")
+
+
+# --- the work, in parts that are kept ----------------------------------------------------------
+
+class Parts:
+    """Finds what an earlier call has finished, of the same settings and weights."""
+
+    def __init__(self, cfg: FormationConfig, study: Study):
+        self.folder = os.path.join(folder_of(cfg), "parts")
+        os.makedirs(self.folder, exist_ok=True)
+        self.made_of = {
+            "format": FORMAT, "asked": asdict(study.pruning), "mask_steps": cfg.mask_steps,
+            "fit_pairs": cfg.fit_pairs, "cut_pairs": cfg.cut_pairs,
+            "final": [sorted(study.nodes), study.edges]}
+
+    def get(self, name: str, source: dict, make: Callable[[], dict]) -> dict:
+        """The part of that name, made by `make` unless it is there, of the same `source`."""
+        path = os.path.join(self.folder, f"{name}.json")
+        made_of = json.loads(json.dumps(self.made_of | source))  # as a file has it
+        try:
+            with open(path, encoding="utf-8") as f:
+                part = json.load(f)
+            if part["made_of"] == made_of:
+                return part["found"]
+        except (OSError, ValueError, TypeError, LookupError):  # missing or damaged
+            pass
+        text = json.dumps({"made_of": made_of, "found": make()})
+        write_atomic(path, text.encode())
+        return json.loads(text)["found"]
+
+
+def circuits_of(study: Study, parts: Parts) -> dict[int, dict]:
+    """`circuit_at` of every step, from the last one backward."""
+    nodes = study.nodes
+    found = {}
+    clock = time.monotonic()
+    for step, folder in reversed(study.folders.items()):
+        source = {"sha256": weights_hash(folder), "nodes": sorted(nodes)}
+        at = parts.get(f"circuit_{step:06d}", source, partial(circuit_at, study, step, nodes))
+        text = at["why"]
+        if at["circuit"] is not None:
+            nodes = nodes_of(at["circuit"])
+            text = (f"{at['circuit']['n_nodes']} nodes, {at['circuit']['n_edges']} edges, "
+                    f"{at['circuit']['loss_heldout']:.3f} nats held out")
+        found[step] = at
+        say_left(f"step {step}: {text}", len(found), len(study.folders), clock)
+    return found
+
+
+def edges_of_final(study: Study, parts: Parts) -> dict[int, dict]:
+    """`edges_at` of every step."""
+    found = {}
+    clock = time.monotonic()
+    for step, folder in study.folders.items():
+        source = {"sha256": weights_hash(folder)}
+        found[step] = parts.get(f"edges_{step:06d}", source, partial(edges_at, study, step))
+        text = f"edges at step {step}: the final circuit alone {found[step]['alone']:.3f} nats"
+        say_left(text, len(found), len(study.folders), clock)
+    return found
+
+
+def controls_of(study: Study, parts: Parts, n: int) -> list[dict]:
+    """`control` with n other seeds."""
+    found = []
+    clock = time.monotonic()
+    for seed in range(study.pruning.seed + 1, study.pruning.seed + 1 + n):
+        source = {"sha256": weights_hash(study.pruning.model), "seed": seed}
+        found.append(parts.get(f"control_{seed}", source, partial(control, study, seed)))
+        text = (f"mask seed {seed}: {found[-1]['n_nodes']} nodes, {found[-1]['n_edges']} edges, "
+                f"overlap with the final circuit's edges {found[-1]['overlap']['edges']:.2f}")
+        say_left(text, len(found), n, clock)
+    return found
+
+
+def say_left(text: str, done: int, of: int, clock: float) -> None:
+    """A line of progress. The time left is as if all that is left took as long as what is done."""
+    left = (time.monotonic() - clock) / done * (of - done)
+    print(f"  {text}  ({done}/{of}, {left:.0f} s left)", flush=True)
+
+
+def work(cfg: FormationConfig, folders: dict[int, str], final: dict, what: str) -> object:
+    """One of the two halves: the circuits, or the edges of the final one and the controls."""
+    study = study_of(cfg, folders, final)
+    parts = Parts(cfg, study)
+    if what == "circuits":
+        return circuits_of(study, parts)
+    return edges_of_final(study, parts), controls_of(study, parts, cfg.controls)
+
+
+# --- the command -------------------------------------------------------------------------------
+
+def write_all(cfg: FormationConfig, content: dict) -> None:
+    """The three files."""
+    folder = folder_of(cfg)
+    path = os.path.join(folder, "formation")
+    write_atomic(f"{path}.json", json.dumps(content, allow_nan=False).encode())
+    title = html.escape(f"{content['task']} through training")
+    text = page(PAGE, title=title, data=as_data(content))
+    write_atomic(f"{path}.html", text.encode("utf-8", errors="replace"))
+    print(f"{path}.json\n{path}.html")
+    plot(content, f"{path}.png")
+
+
+def run_all(cfg: FormationConfig) -> None:
+    """Measure what is missing, and write. ValueError or OSError, in one line, where that cannot be
+    done."""
+    run, log, folders = read_run(cfg.run)
+    final = final_circuit(cfg)
+    print(f"{len(folders)} steps of {cfg.run}, from {min(folders)} to {max(folders)}", flush=True)
+    half = partial(work, cfg, folders, final)
+    halves = ("circuits", "the rest")
+    if cfg.jobs == 1:
+        found = [half(what) for what in halves]
+    else:
+        found = in_processes(half, halves, 2)
+    for result in found:
+        if isinstance(result, str):
+            raise ValueError(result)
+    circuits, (traced, controlled) = found
+    study = study_of(cfg, folders, final)
+    content = content_of(study, asdict(cfg), run, log, circuits, traced, controlled)
+    write_all(cfg, content)
+    print(text_of(content))
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse(FormationConfig, argv)
+    try:
+        run_all(cfg)
+    except (ValueError, OSError) as e:
+        die(e)
+    return 0
+
+
+if __name__ == "__main__":
+    as_script(main)

@@ -1,0 +1,240 @@
+"""From what tools/formation.py measured of each step to its result: the content of formation.json,
+its curves as formation.png, and in words.
+
+- `content_of`: the steps and the edges of the final circuit, compared with each other.
+- `plot`: needs pip install -r requirements-extra.txt
+- `text_of`: since when the model, and the final circuit alone, do the task.
+"""
+from dataclasses import asdict
+from functools import partial
+
+from config import write_atomic
+
+from optim import density_at, lr_factor_at
+from tools.formation_steps import Study, jaccard, links_of, nodes_of
+from train import TrainConfig
+
+FORMAT = "sparse-formation-1"  # to be changed with what its keys mean
+
+
+# --- what is said of each step, and of each edge -----------------------------------------------
+
+def schedule_at(cfg: TrainConfig, step: int) -> dict[str, float]:
+    """The density and the learning rate of the step that made the model of `step`."""
+    i = step - 1  # schedules count from 0
+    density = density_at(i, cfg.max_steps, cfg.density, cfg.anneal_start, cfg.anneal_end)
+    factor = lr_factor_at(i, cfg.max_steps, cfg.density / density, cfg.warmup)
+    return {"density": density, "lr": cfg.lr * factor}
+
+
+def since(steps: list[int], holds: list[bool]) -> int | None:
+    """The first step from which on something holds at all steps; None where not at the last."""
+    first = None
+    for step, it_does in zip(steps, holds):
+        if not it_does:
+            first = None
+        elif first is None:
+            first = step
+    return first
+
+
+def changes(before: set, now: set) -> dict[str, int]:
+    """How many parts are new, kept and gone."""
+    return {"new": len(now - before), "kept": len(now & before), "gone": len(before - now)}
+
+
+def step_rows(run: TrainConfig, log: list[dict], circuits: dict, traced: dict) -> list[dict]:
+    """Of each step what formation.json says of it, in their order."""
+    validated = {entry["step"]: entry["val_loss"] for entry in log if "val_loss" in entry}
+    final = circuits[max(circuits)]["circuit"]
+    before = None
+    rows = []
+    for step in sorted(circuits):
+        at = circuits[step]
+        row = {"step": step, **schedule_at(run, step), "val_loss": validated.get(step), **at,
+               "final_alone": traced[step]["alone"], "without_final": traced[step]["without"],
+               "overlap": None, "changes": None}
+        now = at["circuit"]
+        if now is not None:
+            row["overlap"] = {"nodes": jaccard(nodes_of(now), nodes_of(final)),
+                              "edges": jaccard(links_of(now), links_of(final))}
+            if before is not None:
+                row["changes"] = {"nodes": changes(nodes_of(before), nodes_of(now)),
+                                  "edges": changes(links_of(before), links_of(now))}
+            before = now
+        rows.append(row)
+    return rows
+
+
+def edge_rows(study: Study, run: TrainConfig, matters: float, circuits: dict,
+              traced: dict) -> list[dict]:
+    """Of each edge of the final circuit what formation.json says of it: lists go by step."""
+    steps = sorted(circuits)
+    found = [circuits[step]["circuit"] for step in steps]
+    rows = []
+    for n, edge in enumerate(study.edges):
+        seen = [traced[step]["edges"][n] for step in steps]
+        left = run.density * seen[0]["entries"]  # so many weights the matrix has in the end
+        within = [c["costs"].get(str(n)) if c else None for c in found]
+        mattered = [step for step, at in zip(steps, seen) if at["cost"] > matters]
+        rows.append({
+            "edge": edge, "entries": seen[0]["entries"],
+            **{key: [at[key] for at in seen] for key in ("weight", "rank", "cost")},
+            "cost_in_circuit": within,
+            "nonzero_since": since(steps, [at["weight"] != 0 for at in seen]),
+            "zero_at": [step for step, at in zip(steps, seen) if at["weight"] == 0],
+            # so large that it would be left, had the density of the end come at once
+            "leading_since": since(steps, [at["rank"] is not None and at["rank"] <= left
+                                           for at in seen]),
+            "mattered_first": mattered[0] if mattered else None,
+            "in_circuit_since": since(steps, [cost is not None for cost in within]),
+        })
+    return rows
+
+
+def summary_of(run: TrainConfig, rows: list[dict], target: float, ceiling: list[float]) -> dict:
+    """Since which kept step, for good, what is said of the circuit as a whole."""
+    steps = [row["step"] for row in rows]
+    overlaps = [row["overlap"]["edges"] if row["overlap"] else -1 for row in rows]
+    return {
+        "anneal_end": round(run.anneal_end * run.max_steps),
+        "model_solves": since(steps, [row["whole"]["loss_calibrated"] <= target for row in rows]),
+        "final_alone": since(steps, [row["final_alone"] <= target for row in rows]),
+        "overlaps_as_controls": since(steps, [x >= min(ceiling, default=1.0) for x in overlaps]),
+    }
+
+
+def content_of(study: Study, settings: dict, run: TrainConfig, log: list[dict], circuits: dict,
+               traced: dict, controlled: list[dict]) -> dict:
+    """The content of formation.json. circuits, traced: by step, of `circuit_at` and `edges_at`;
+    controlled: of `control`; settings: those of the command; run, log: those of the training."""
+    rows = step_rows(run, log, circuits, traced)
+    ceiling = [found["overlap"]["edges"] for found in controlled]
+    final = {key: study.final[key] for key in (
+        "task", "task_description", "answers", "model", "target_loss", "loss_heldout")}
+    return {
+        "format": FORMAT, **final, "run": settings["run"], "matters": settings["matters"],
+        "max_steps": run.max_steps, "final_density": run.density,
+        "validation": [{"step": entry["step"], "val_loss": entry["val_loss"]}
+                       for entry in log if "val_loss" in entry],
+        "steps": rows,
+        "edges": edge_rows(study, run, settings["matters"], circuits, traced),
+        "controls": controlled,
+        "summary": summary_of(run, rows, study.target, ceiling),
+        "settings": settings, "asked": asdict(study.pruning),
+    }
+
+
+# --- for a paper -------------------------------------------------------------------------------
+
+def name_of(edge: list) -> str:
+    """An edge in few letters: 1.attn.v.122 > resid_delta.94."""
+    a, j, b, i = edge
+    return f"{a}.{j} > {b.rsplit('.', 1)[1]}.{i}"
+
+
+def plot(content: dict, path: str) -> None:
+    """The curves over the steps, and a raster of the final circuit's edges; without matplotlib a
+    line that says how to get it."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")  # no screen needed
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no formation.png: it needs matplotlib: pip install -r requirements-extra.txt")
+        return
+    n_edges = len(content["edges"])
+    figure, axes = plt.subplots(
+        5, 1, figsize=(7.5, 9 + 0.2 * n_edges), sharex=True, layout="constrained",
+        height_ratios=[2, 1.2, 1.4, 1.4, 0.6 + 0.22 * n_edges])
+    plot_curves(content, axes)
+    plot_raster(content, figure, axes[4])
+    for axis in axes:
+        axis.axvline(content["summary"]["anneal_end"], color="0.6", linewidth=0.8, linestyle=":")
+    axes[4].set_xlabel("training step (dotted: the last weights go)")
+    figure.suptitle(f"{content['task']}, {content['run']}")
+    write_atomic(path, partial(figure.savefig, format="png", dpi=160))
+    plt.close(figure)
+    print(path)
+
+
+def plot_curves(content: dict, axes: list) -> None:
+    """Loss, schedule, size and overlap, one axis each."""
+    rows = content["steps"]
+    steps = [row["step"] for row in rows]
+    found = [row for row in rows if row["circuit"]]
+    at = [row["step"] for row in found]
+
+    loss = axes[0]
+    loss.plot(steps, [row["whole"]["loss_calibrated"] for row in rows], label="whole model")
+    loss.plot(steps, [row["final_alone"] for row in rows], label="final circuit alone")
+    loss.plot(at, [row["circuit"]["loss_heldout"] for row in found], "o", markersize=3,
+              label="circuit of the step")
+    loss.plot(steps, [row["whole"]["bigram_loss"] for row in rows], color="0.6", linewidth=1,
+              label="bigram table alone")
+    loss.axhline(content["target_loss"], color="0.3", linewidth=0.8, linestyle="--")
+    loss.set_ylabel("task loss, nats")
+
+    axes[1].plot(steps, [row["density"] for row in rows], label="density")
+    axes[1].set_yscale("log")
+    axes[1].set_ylabel("density")
+    rate = axes[1].twinx()
+    rate.plot(steps, [row["lr"] for row in rows], color="C1")
+    rate.set_ylabel("learning rate", color="C1")
+
+    for part in ("edges", "nodes"):
+        sizes = [row["circuit"][f"n_{part}"] for row in found]
+        axes[2].plot(at, sizes, "o-", markersize=3, label=part)
+    axes[2].set_yscale("log")
+    axes[2].set_ylabel("circuit size")
+
+    for part in ("edges", "nodes"):
+        axes[3].plot(at, [row["overlap"][part] for row in found], "o-", markersize=3, label=part)
+        of_controls = [c["overlap"][part] for c in content["controls"]]
+        if part == "edges" and of_controls:
+            axes[3].axhspan(min(of_controls), max(of_controls) + 0.005, color="C0", alpha=0.2,
+                            label="edges, other mask seeds")
+    axes[3].set_ylim(-0.03, 1.05)
+    axes[3].set_ylabel("overlap with final")
+    for axis in (loss, axes[2], axes[3]):
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def plot_raster(content: dict, figure, axis) -> None:
+    """The final circuit's edges against steps: how many weights of the matrix are larger, where the
+    edge matters to the whole model, and where it is in the step's circuit."""
+    import matplotlib.colors as colors
+    steps = [row["step"] for row in content["steps"]]
+    half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
+    for n, row in enumerate(content["edges"]):
+        share = [rank / row["entries"] if rank else float("nan") for rank in row["rank"]]
+        image = axis.scatter(
+            steps, [n] * len(steps), c=share, marker="s", s=42, cmap="viridis",
+            norm=colors.LogNorm(1e-4, 1), plotnonfinite=False)
+        matters = [s for s, cost in zip(steps, row["cost"]) if cost > content["matters"]]
+        axis.plot(matters, [n] * len(matters), "o", color="white", markersize=3)
+        within = [s for s, cost in zip(steps, row["cost_in_circuit"]) if cost is not None]
+        axis.plot(within, [n] * len(within), "s", color="black", markersize=7.5, fillstyle="none",
+                  markeredgewidth=0.9)
+    names = [name_of(row["edge"]) for row in content["edges"]]
+    axis.set_yticks(range(len(names)), names, fontsize=6.5)
+    axis.set_xlim(steps[0] - half, steps[-1] + half)
+    axis.invert_yaxis()
+    figure.colorbar(image, ax=axis, label="rank / weights\nof its matrix", pad=0.01)
+    axis.set_title(f"edges of the final circuit (dot: without it the model loses "
+                   f"{content['matters']:g} nats; frame: in the circuit of the step)", fontsize=8)
+
+
+# --- in words ----------------------------------------------------------------------------------
+
+def text_of(content: dict) -> str:
+    """What was found, in few lines."""
+    summary = content["summary"]
+    never_zero = sum(not row["zero_at"] for row in content["edges"])
+    return (
+        f"since which kept step, for good (the last weights go at {summary['anneal_end']}):\n"
+        f"  the whole model meets {content['target_loss']} nats: {summary['model_solves']}\n"
+        f"  the final circuit alone does: {summary['final_alone']}\n"
+        f"  the step's circuit overlaps with it as controls do: {summary['overlaps_as_controls']}\n"
+        f"of the final circuit's {len(content['edges'])} edges {never_zero} were zero at no kept "
+        "step")
