@@ -20,6 +20,7 @@ from circuit import Circuit
 
 DECIDED = 0.9    # of the variance that a rule has to explain
 SAME = 1e-3      # of a variable's size: what varies less is constant
+FAR = 0.25       # of the largest distance from the usual value: such a token is detected
 LOOKS = 0.5      # of a head's attention on so few tokens that they can be named
 NAMED = 3        # tokens at most in a list
 DIVIDES = 0.75   # share of the prompts that a threshold must get right
@@ -73,14 +74,18 @@ def explained(x: np.ndarray, group: np.ndarray) -> float:
     return float(np.var(means[group]) / max(np.var(x), 1e-30))
 
 
-def by_token(x: np.ndarray, seen: Seen) -> list[tuple[str, float, float]]:
-    """(text, mean of x, how far that is from the usual) of each token, the farthest first."""
+def by_token(x: np.ndarray, seen: Seen) -> list[tuple[str, float]]:
+    """(text, mean of x) of the tokens at which x is far from usual, those first that bring most of
+    that over the prompts."""
     usual = np.median(x)
     found = []
     for token in np.unique(seen.ids):
-        mean = x[seen.ids == token].mean()
-        found.append((seen.texts[token], mean, mean - usual))
-    return sorted(found, key=lambda entry: -abs(entry[2]))
+        here = x[seen.ids == token]
+        found.append((abs(here.mean() - usual), len(here), seen.texts[token], here.mean()))
+    farthest = max(found)[0]
+    far = [entry for entry in found if entry[0] >= FAR * farthest]
+    far.sort(key=lambda entry: -entry[0] * entry[1])
+    return [(text, mean) for _, _, text, mean in far]
 
 
 def divides(x: np.ndarray, first: np.ndarray) -> tuple[float, float, bool]:
@@ -115,10 +120,9 @@ def of_variable(name: str, seen: Seen) -> str:
         return f"{name} is {value(x.mean())} at every token."
     r2 = explained(x, seen.ids)
     if r2 >= DECIDED:
-        entries = by_token(x, seen)
-        far = [e for e in entries[:NAMED] if abs(e[2]) > abs(entries[0][2]) / 4]
-        others = np.median(x)
-        return (f"{name} detects {listed(e[:2] for e in far)}, and is {value(others)} at most "
+        far = by_token(x, seen)
+        more = f" and {len(far) - NAMED} more" if len(far) > NAMED else ""
+        return (f"{name} detects {listed(far[:NAMED])}{more}, and is {value(np.median(x))} at most "
                 f"others (the token explains {r2:.2f} of it).")
     r2 = explained(x, seen.position)
     if r2 >= DECIDED:
