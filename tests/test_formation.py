@@ -99,8 +99,8 @@ def fakes(monkeypatch) -> list:
     """In place of what takes time: circuits of known nodes; every call is noted."""
     calls = []
 
-    def circuit_at(study, step, nodes):
-        calls.append((step, nodes))
+    def circuit_at(study, step, neighbour):
+        calls.append((step, neighbour))
         circuit = None
         if step > 10:
             listed = {**CIRCUIT, "0.attn.q": [step // 10]}
@@ -148,7 +148,7 @@ def test_the_steps_of_a_run_made_by_hand(whole):
     assert [edge[4] for edge in rows[30]["circuit"]["edges"]] == [pytest.approx(0.4), 1.5]  # weights of that step
     assert rows[40]["circuit"]["edges"] == TOY_EDGES
     assert rows[30]["changes"] is None
-    assert rows[40]["changes"] == {"nodes": {"new": 0, "kept": 3, "gone": 0}, "edges": {"new": 0, "kept": 2, "gone": 0}}
+    assert rows[40]["changes"] == {"nodes": {"new": [], "kept": 3, "gone": []}, "edges": {"new": [], "kept": 2, "gone": []}}
     assert found["summary"] == {"anneal_end": 20, "model_solves": 30, "final_alone": 30, "overlaps_as_controls": 30}
 
     # the last one is the circuit that people have, to its loss
@@ -243,7 +243,8 @@ def test_the_walk_goes_backward_and_hands_on_the_nodes_it_found(toy, monkeypatch
     measured(toy)
     nodes = {(site, channels[0]) for site, channels in CIRCUIT.items()}
     walked = [call for call in calls if isinstance(call, tuple)]
-    assert walked == [(40, nodes), (30, nodes | {("0.attn.q", 4)}), (20, nodes | {("0.attn.q", 3)}), (10, nodes | {("0.attn.q", 2)})]
+    assert walked == [(40, (nodes, {READ, WRITE})), (30, (nodes | {("0.attn.q", 4)}, {READ, WRITE})),
+                      (20, (nodes | {("0.attn.q", 3)}, {READ, WRITE})), (10, (nodes | {("0.attn.q", 2)}, {READ}))]
     assert [call for call in calls if isinstance(call, int)] == list(STEPS) and "seed 1" in calls
 
 
@@ -252,7 +253,8 @@ def test_changes_and_overlap_are_between_neighbours_that_have_a_circuit(toy, mon
     rows = measured(toy)["steps"]
     assert [bool(row["circuit"]) for row in rows] == [False, True, True, True]
     assert rows[1]["changes"] is None
-    assert rows[2]["changes"] == {"nodes": {"new": 1, "kept": 3, "gone": 1}, "edges": {"new": 1, "kept": 1, "gone": 0}}
+    assert rows[2]["changes"] == {"nodes": {"new": [["0.attn.q", 3]], "kept": 3, "gone": [["0.attn.q", 2]]},
+                                  "edges": {"new": [list(WRITE)], "kept": 1, "gone": []}}
     assert rows[1]["overlap"] == {"nodes": 3 / 5, "edges": 0.5} and rows[3]["overlap"] == {"nodes": 1.0, "edges": 1.0}
 
 
@@ -313,11 +315,11 @@ test_formation.patched(monkeypatch)
 test_formation.fakes(monkeypatch)
 quick = formation.circuit_at
 
-def circuit_at(study, step, nodes):
+def circuit_at(study, step, neighbour):
     if step == 20:
         print("waiting", flush=True)
         time.sleep(60)
-    return quick(study, step, nodes)
+    return quick(study, step, neighbour)
 
 formation.circuit_at = circuit_at
 if __name__ == "__main__":
@@ -448,7 +450,10 @@ def formed(n: int = 5) -> dict:
                      "why": "" if k else "the whole model misses <the> target", "final_alone": 0.6 - 0.1 * k, "without_final": 0.8,
                      "whole": {"loss_calibrated": 0.5 - 0.1 * k, "bigram_loss": 0.7},
                      "overlap": {"nodes": 0.2 * k, "edges": 0.2 * k} if k else None,
-                     "changes": {part: {"new": k, "kept": 2, "gone": 1} for part in ("nodes", "edges")} if k > 1 else None})
+                     "changes": None if k < 2 else {
+                         "nodes": {"new": sorted(there - before), "kept": len(there & before), "gone": sorted(before - there)},
+                         "edges": {"new": final["edges"][:k], "kept": 2, "gone": []}}})
+        before = there
     edges = []
     for number, edge in enumerate(final["edges"]):
         zero = number == 1
@@ -498,7 +503,7 @@ const classes = () => Object.fromEntries(['here', 'later', 'off'].map(cls => [cl
 const places = () => Object.fromEntries(all('.node rect').map(r => [r.parentNode.dataset.id, r.getAttribute('x') + ' ' + r.getAttribute('y')]));
 const state = () => ({...classes(), hash: location.hash, step: text('step'), said: slider.getAttribute('aria-valuetext'), why: text('why'),
   edges: all('path.edge.here').length, ghosts: all('path.edge.later').length, zero: all('path.edge.zero').length,
-  widths: all('path.edge.here').map(p => +p.getAttribute('stroke-width')), tiles: text('tiles'), places: places(), line: all('.plot .now')[0].getAttribute('transform'),
+  widths: all('path.edge.here').map(p => +p.getAttribute('stroke-width')), tiles: text('tiles'), fresh: ids('.node.fresh').sort(), places: places(), line: all('.plot .now')[0].getAttribute('transform'),
   column: document.getElementById('column').getAttribute('x'), stops: all('.node[tabindex="0"]').length});
 seen.first = state();
 seen.steps = [0, 1, 2, 3, 4].map(k => {
@@ -538,6 +543,7 @@ def test_the_slider_lights_what_is_in_the_circuit_of_a_step_and_moves_nothing(tm
         of_final = {tuple(e["edge"]) for e in content["edges"]}
         assert (state["edges"], state["ghosts"]) == (len(edges), len(of_final - edges))
         assert state["places"] == seen["first"]["places"]
+        assert set(state["fresh"]) == {f"{site}.{c}" for site, c in (row["changes"] or {"nodes": {"new": ()}})["nodes"]["new"]}
         assert ("misses <the> target" in state["why"]) == (not own)
         assert (f"nodes{len(own)}" in state["tiles"]) == bool(own)
     assert [state["zero"] for state in seen["steps"]] == [1, 0, 0, 0, 0]  # a weight that is not there yet

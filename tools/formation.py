@@ -12,10 +12,11 @@ In RUN/TASK/formation/, of each step that the run kept and of its end:
 - formation.png: the curves, for a paper. It needs pip install -r requirements-extra.txt
 
 The final circuit is RUN/TASK/circuit.json; where there is none, the model is pruned first. From it
-the walk goes backward: masks of each step begin with the gates of the step after it wide open and
-the others ajar, and are learnt for few steps. A step whose whole model misses the target has no
-circuit. A control, the final model pruned with other mask seeds, says how much two circuits of one
-model overlap. What is finished lies in parts/ and is not done again. docs/formation.md says more.
+the walk goes backward: a step has the circuit of the step after it, less what it does not need, as
+long as that does the task; else masks are learnt, for few steps, with its gates wide open and the
+others ajar. A step whose whole model misses the target has no circuit. A control, the final model
+pruned with other mask seeds, says how much two circuits of one model overlap. What is finished lies
+in parts/ and is not done again. docs/formation.md says more.
 """
 import html
 import json
@@ -35,7 +36,7 @@ from model import weights_hash
 from prune import PruneConfig, in_processes, prune_task
 from tasks import load_model, load_pairs, task_of
 from tools.formation_result import FORMAT, content_of, plot, text_of
-from tools.formation_steps import Study, circuit_at, control, edges_at, nodes_of
+from tools.formation_steps import Study, circuit_at, control, edges_at, parts_in
 from tools.planted import parts_found
 from train import TrainConfig
 from view import as_data, page
@@ -148,7 +149,7 @@ def folder_of(cfg: FormationConfig) -> str:
 
 # --- the work, in parts that are kept ----------------------------------------------------------
 
-class Parts:
+class Kept:
     """Finds what an earlier call has finished, of the same settings and weights."""
 
     def __init__(self, cfg: FormationConfig, study: Study):
@@ -175,17 +176,18 @@ class Parts:
         return json.loads(text)["found"]
 
 
-def circuits_of(study: Study, parts: Parts) -> dict[int, dict]:
+def circuits_of(study: Study, kept: Kept) -> dict[int, dict]:
     """`circuit_at` of every step, from the last one backward."""
-    nodes = study.nodes
+    neighbour = study.nodes, set(study.edges)
     found = {}
     clock = time.monotonic()
     for step, folder in reversed(study.folders.items()):
-        source = {"sha256": weights_hash(folder), "nodes": sorted(nodes)}
-        at = parts.get(f"circuit_{step:06d}", source, partial(circuit_at, study, step, nodes))
+        source = {"sha256": weights_hash(folder), "neighbour": list(map(sorted, neighbour))}
+        make = partial(circuit_at, study, step, neighbour)
+        at = kept.get(f"circuit_{step:06d}", source, make)
         text = at["why"]
         if at["circuit"] is not None:
-            nodes = nodes_of(at["circuit"])
+            neighbour = parts_in(at["circuit"])
             text = (f"{at['circuit']['n_nodes']} nodes, {at['circuit']['n_edges']} edges, "
                     f"{at['circuit']['loss_heldout']:.3f} nats held out")
         found[step] = at
@@ -193,25 +195,25 @@ def circuits_of(study: Study, parts: Parts) -> dict[int, dict]:
     return found
 
 
-def edges_of_final(study: Study, parts: Parts) -> dict[int, dict]:
+def edges_of_final(study: Study, kept: Kept) -> dict[int, dict]:
     """`edges_at` of every step."""
     found = {}
     clock = time.monotonic()
     for step, folder in study.folders.items():
         source = {"sha256": weights_hash(folder)}
-        found[step] = parts.get(f"edges_{step:06d}", source, partial(edges_at, study, step))
+        found[step] = kept.get(f"edges_{step:06d}", source, partial(edges_at, study, step))
         text = f"edges at step {step}: the final circuit alone {found[step]['alone']:.3f} nats"
         say_left(text, len(found), len(study.folders), clock)
     return found
 
 
-def controls_of(study: Study, parts: Parts, n: int) -> list[dict]:
+def controls_of(study: Study, kept: Kept, n: int) -> list[dict]:
     """`control` with n other seeds."""
     found = []
     clock = time.monotonic()
     for seed in range(study.pruning.seed + 1, study.pruning.seed + 1 + n):
         source = {"sha256": weights_hash(study.pruning.model), "seed": seed}
-        found.append(parts.get(f"control_{seed}", source, partial(control, study, seed)))
+        found.append(kept.get(f"control_{seed}", source, partial(control, study, seed)))
         text = (f"mask seed {seed}: {found[-1]['n_nodes']} nodes, {found[-1]['n_edges']} edges, "
                 f"overlap with the final circuit's edges {found[-1]['overlap']['edges']:.2f}")
         say_left(text, len(found), n, clock)
@@ -227,10 +229,10 @@ def say_left(text: str, done: int, of: int, clock: float) -> None:
 def work(cfg: FormationConfig, folders: dict[int, str], final: dict, what: str) -> object:
     """One of the two halves: the circuits, or the edges of the final one and the controls."""
     study = study_of(cfg, folders, final)
-    parts = Parts(cfg, study)
+    kept = Kept(cfg, study)
     if what == "circuits":
-        return circuits_of(study, parts)
-    return edges_of_final(study, parts), controls_of(study, parts, cfg.controls)
+        return circuits_of(study, kept)
+    return edges_of_final(study, kept), controls_of(study, kept, cfg.controls)
 
 
 # --- the command -------------------------------------------------------------------------------

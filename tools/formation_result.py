@@ -5,13 +5,15 @@ its curves as formation.png, and in words.
 - `plot`: needs pip install -r requirements-extra.txt
 - `text_of`: since when the model, and the final circuit alone, do the task.
 """
+import math
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
 from config import write_atomic
 
 from optim import density_at, lr_factor_at
-from tools.formation_steps import Study, jaccard, links_of, nodes_of
+from tools.formation_steps import Parts, Study, jaccard, parts_in
 from train import TrainConfig
 
 FORMAT = "sparse-formation-1"  # to be changed with what its keys mean
@@ -38,15 +40,15 @@ def since(steps: list[int], holds: list[bool]) -> int | None:
     return first
 
 
-def changes(before: set, now: set) -> dict[str, int]:
-    """How many parts are new, kept and gone."""
-    return {"new": len(now - before), "kept": len(now & before), "gone": len(before - now)}
+def changes(before: set, now: set) -> dict:
+    """Which parts are new and which are gone, and how many are kept."""
+    return {"new": sorted(now - before), "kept": len(now & before), "gone": sorted(before - now)}
 
 
 def step_rows(run: TrainConfig, log: list[dict], circuits: dict, traced: dict) -> list[dict]:
     """Of each step what formation.json says of it, in their order."""
     validated = {entry["step"]: entry["val_loss"] for entry in log if "val_loss" in entry}
-    final = circuits[max(circuits)]["circuit"]
+    final = parts_in(circuits[max(circuits)]["circuit"])
     before = None
     rows = []
     for step in sorted(circuits):
@@ -54,16 +56,19 @@ def step_rows(run: TrainConfig, log: list[dict], circuits: dict, traced: dict) -
         row = {"step": step, **schedule_at(run, step), "val_loss": validated.get(step), **at,
                "final_alone": traced[step]["alone"], "without_final": traced[step]["without"],
                "overlap": None, "changes": None}
-        now = at["circuit"]
-        if now is not None:
-            row["overlap"] = {"nodes": jaccard(nodes_of(now), nodes_of(final)),
-                              "edges": jaccard(links_of(now), links_of(final))}
+        if at["circuit"] is not None:
+            now = parts_in(at["circuit"])
+            row["overlap"] = of_both(jaccard, now, final)
             if before is not None:
-                row["changes"] = {"nodes": changes(nodes_of(before), nodes_of(now)),
-                                  "edges": changes(links_of(before), links_of(now))}
+                row["changes"] = of_both(changes, before, now)
             before = now
         rows.append(row)
     return rows
+
+
+def of_both(compare: Callable, a: Parts, b: Parts) -> dict:
+    """What `compare` says of the nodes, and of the edges, of two circuits."""
+    return {"nodes": compare(a[0], b[0]), "edges": compare(a[1], b[1])}
 
 
 def edge_rows(study: Study, run: TrainConfig, matters: float, circuits: dict,
@@ -143,86 +148,98 @@ def plot(content: dict, path: str) -> None:
     except ImportError:
         print("no formation.png: it needs matplotlib: pip install -r requirements-extra.txt")
         return
-    n_edges = len(content["edges"])
+    raster = 0.5 + 0.24 * len(content["edges"])  # inches
     figure, axes = plt.subplots(
-        5, 1, figsize=(7.5, 9 + 0.2 * n_edges), sharex=True, layout="constrained",
-        height_ratios=[2, 1.2, 1.4, 1.4, 0.6 + 0.22 * n_edges])
-    plot_curves(content, axes)
-    plot_raster(content, figure, axes[4])
+        5, 1, figsize=(7, 8 + raster), sharex=True, layout="constrained",
+        height_ratios=[2.2, 1.3, 1.6, 1.6, raster])
+    plot_losses(content, axes[0])
+    plot_schedule(content, axes[1])
+    plot_circuits(content, *axes[2:4])
+    image = plot_raster(content, axes[4])
+    figure.colorbar(image, ax=axes[4], location="bottom", aspect=60, pad=0.02,
+                    label="rank among the weights of its matrix, as a share")
     for axis in axes:
-        axis.axvline(content["summary"]["anneal_end"], color="0.6", linewidth=0.8, linestyle=":")
+        axis.axvline(content["summary"]["anneal_end"], color="0.5", linewidth=0.8, linestyle=":")
+    for axis in (axes[0], axes[2], axes[3]):
+        axis.legend(fontsize=7.5, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 0.97),
+                    frameon=False, borderaxespad=0.2, columnspacing=1.2, handlelength=1.4)
     axes[4].set_xlabel("training step (dotted: the last weights go)")
-    figure.suptitle(f"{content['task']}, {content['run']}")
+    figure.suptitle(f"{content['task']}, {content['run']}", fontsize=11)
     write_atomic(path, partial(figure.savefig, format="png", dpi=160))
     plt.close(figure)
     print(path)
 
 
-def plot_curves(content: dict, axes: list) -> None:
-    """Loss, schedule, size and overlap, one axis each."""
+def plot_losses(content: dict, axis) -> None:
+    """Task loss: of the whole model, of the final circuit alone, of each step's own."""
     rows = content["steps"]
     steps = [row["step"] for row in rows]
-    found = [row for row in rows if row["circuit"]]
-    at = [row["step"] for row in found]
-
-    loss = axes[0]
-    loss.plot(steps, [row["whole"]["loss_calibrated"] for row in rows], label="whole model")
-    loss.plot(steps, [row["final_alone"] for row in rows], label="final circuit alone")
-    loss.plot(at, [row["circuit"]["loss_heldout"] for row in found], "o", markersize=3,
-              label="circuit of the step")
-    loss.plot(steps, [row["whole"]["bigram_loss"] for row in rows], color="0.6", linewidth=1,
+    axis.plot(steps, [row["whole"]["loss_calibrated"] for row in rows], color="k",
+              label="whole model")
+    axis.plot(steps, [row["final_alone"] for row in rows], label="final circuit alone")
+    own = [(row["step"], row["circuit"]["loss_heldout"]) for row in rows if row["circuit"]]
+    axis.plot(*zip(*own), "o", markersize=3.5, label="circuit of the step")
+    axis.plot(steps, [row["whole"]["bigram_loss"] for row in rows], color="0.6", linewidth=1,
               label="bigram table alone")
-    loss.axhline(content["target_loss"], color="0.3", linewidth=0.8, linestyle="--")
-    loss.set_ylabel("task loss, nats")
+    axis.axhline(content["target_loss"], color="0.3", linewidth=0.8, linestyle="--")
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("task loss, nats")
 
-    axes[1].plot(steps, [row["density"] for row in rows], label="density")
-    axes[1].set_yscale("log")
-    axes[1].set_ylabel("density")
-    rate = axes[1].twinx()
-    rate.plot(steps, [row["lr"] for row in rows], color="C1")
+
+def plot_schedule(content: dict, axis) -> None:
+    """Density and learning rate."""
+    steps = [row["step"] for row in content["steps"]]
+    axis.plot(steps, [row["density"] for row in content["steps"]], color="k")
+    axis.set_yscale("log")
+    axis.set_ylabel("density")
+    rate = axis.twinx()
+    rate.plot(steps, [row["lr"] for row in content["steps"]], color="C1")
     rate.set_ylabel("learning rate", color="C1")
 
+
+def plot_circuits(content: dict, size, overlap) -> None:
+    """Sizes of the circuits, and their overlap with the final one."""
+    found = [row for row in content["steps"] if row["circuit"]]
+    steps = [row["step"] for row in found]
     for part in ("edges", "nodes"):
         sizes = [row["circuit"][f"n_{part}"] for row in found]
-        axes[2].plot(at, sizes, "o-", markersize=3, label=part)
-    axes[2].set_yscale("log")
-    axes[2].set_ylabel("circuit size")
-
-    for part in ("edges", "nodes"):
-        axes[3].plot(at, [row["overlap"][part] for row in found], "o-", markersize=3, label=part)
-        of_controls = [c["overlap"][part] for c in content["controls"]]
-        if part == "edges" and of_controls:
-            axes[3].axhspan(min(of_controls), max(of_controls) + 0.005, color="C0", alpha=0.2,
-                            label="edges, other mask seeds")
-    axes[3].set_ylim(-0.03, 1.05)
-    axes[3].set_ylabel("overlap with final")
-    for axis in (loss, axes[2], axes[3]):
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        size.plot(steps, sizes, "o-", markersize=3.5, label=part)
+        overlaps = [row["overlap"][part] for row in found]
+        overlap.plot(steps, overlaps, "o-", markersize=3.5, label=part)
+    size.set_yscale("log")
+    size.set_ylabel("circuit size")
+    ceiling = [control["overlap"]["edges"] for control in content["controls"]]
+    if ceiling:
+        overlap.axhspan(min(ceiling) - 0.005, max(ceiling) + 0.005, color="C0", alpha=0.25,
+                        linewidth=0, label="edges, of other mask seeds")
+    overlap.set_ylim(-0.03, 1.05)
+    overlap.set_ylabel("overlap with final")
 
 
-def plot_raster(content: dict, figure, axis) -> None:
-    """The final circuit's edges against steps: how many weights of the matrix are larger, where the
-    edge matters to the whole model, and where it is in the step's circuit."""
-    import matplotlib.colors as colors
+def plot_raster(content: dict, axis):
+    """The final circuit's edges against steps: how large the weight is for its matrix, where it
+    matters to the whole model, where it is in the step's circuit. Returns what has the colours."""
+    import matplotlib.colors
     steps = [row["step"] for row in content["steps"]]
-    half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
+    colours = matplotlib.colors.LogNorm(1e-4, 1)
     for n, row in enumerate(content["edges"]):
-        share = [rank / row["entries"] if rank else float("nan") for rank in row["rank"]]
-        image = axis.scatter(
-            steps, [n] * len(steps), c=share, marker="s", s=42, cmap="viridis",
-            norm=colors.LogNorm(1e-4, 1), plotnonfinite=False)
+        share = [rank / row["entries"] if rank else math.nan for rank in row["rank"]]
+        image = axis.scatter(steps, [n] * len(steps), c=share, marker="s", s=48, cmap="viridis",
+                             norm=colours)
+        zero = row["zero_at"]
+        axis.plot(zero, [n] * len(zero), "x", color="0.6", markersize=4)
         matters = [s for s, cost in zip(steps, row["cost"]) if cost > content["matters"]]
-        axis.plot(matters, [n] * len(matters), "o", color="white", markersize=3)
+        axis.plot(matters, [n] * len(matters), "o", color="white", markersize=3.2)
         within = [s for s, cost in zip(steps, row["cost_in_circuit"]) if cost is not None]
-        axis.plot(within, [n] * len(within), "s", color="black", markersize=7.5, fillstyle="none",
-                  markeredgewidth=0.9)
+        axis.plot(within, [n] * len(within), "s", color="black", markersize=8.5, fillstyle="none",
+                  markeredgewidth=1)
     names = [name_of(row["edge"]) for row in content["edges"]]
-    axis.set_yticks(range(len(names)), names, fontsize=6.5)
-    axis.set_xlim(steps[0] - half, steps[-1] + half)
-    axis.invert_yaxis()
-    figure.colorbar(image, ax=axis, label="rank / weights\nof its matrix", pad=0.01)
-    axis.set_title(f"edges of the final circuit (dot: without it the model loses "
-                   f"{content['matters']:g} nats; frame: in the circuit of the step)", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_title(f"edges of the final circuit; cross: zero, dot: without it the model loses "
+                   f"{content['matters']:g} nats,\nframe: it is in the circuit of the step",
+                   fontsize=8, loc="left")
+    return image
 
 
 # --- in words ----------------------------------------------------------------------------------

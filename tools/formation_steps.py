@@ -15,12 +15,14 @@ from torch import Tensor
 from circuit import (MAPS, Circuit, Nodes, alone, circuit_of, edges_of, graph_of, host,
                      stream_ends, without_edges)
 from masks import Gates
-from minimise import Search
+from minimise import Search, minimise
 from model import GPT
 from prune import SLACKS, PruneConfig, constants_of, find, rank, set_apart, smallest
 from tasks import (Pairs, Task, answer_ids, calibrate, calibrated, fitting_batches, load_model,
                    load_pairs, loss_of, margin_of, margins, unembed_last)
 from tools.planted import as_circuit, parts_found, quiet
+
+Parts = tuple[set, set]  # nodes (site, channel), edges (site, channel, site, channel)
 
 # Where the masks of a step begin: gates in the circuit of its neighbour, and the others, so near to
 # closed that those which no pair asks for close within a few steps.
@@ -43,7 +45,7 @@ class Study:
     cut: Pairs               # the cost of single edges is of these, held out as well
     final: dict              # circuit.json
     nodes: set               # its nodes, (site, channel)
-    edges: list              # its edges, (site, channel, site, channel)
+    edges: list              # its edges, (site, channel, site, channel), in their order
 
     @property
     def target(self) -> float:
@@ -57,14 +59,10 @@ class Study:
         return model, constants_of(model, replace(self.pruning, model=folder))
 
 
-def nodes_of(circuit: dict) -> set:
-    """(site, channel) of each node of a circuit, as files list them."""
-    return {(site, i) for site, channels in circuit["nodes"].items() for i in channels}
-
-
-def links_of(circuit: dict) -> set:
-    """(site, channel, site, channel) of each edge of a circuit, as files list them."""
-    return {tuple(edge[:4]) for edge in circuit["edges"]}
+def parts_in(circuit: dict) -> Parts:
+    """The nodes and edges of a circuit, as files list them."""
+    nodes = {(site, i) for site, channels in circuit["nodes"].items() for i in channels}
+    return nodes, {tuple(edge[:4]) for edge in circuit["edges"]}
 
 
 # --- the whole model, and the circuit of a step ------------------------------------------------
@@ -102,19 +100,38 @@ def first_bias(gates: Gates, nodes: set) -> Tensor:
     return bias.scatter_reduce(0, gates.index, torch.cat(list(by_site.values())), "amax")
 
 
-def searched(study: Study, model: GPT, constants: Nodes, nodes: set) -> Circuit:
-    """The circuit of a kept step, from the nodes of a neighbour's, by few steps of mask learning;
-    then as prune.py makes one of a single start."""
+def searched(study: Study, model: GPT, constants: Nodes, neighbour: Parts) -> tuple[Circuit, bool]:
+    """The circuit of a kept step, and whether it is the neighbour's.
+
+    Where that one meets the target, and is missed as much as was asked, in this step's model, it is
+    taken, less what it does not need here: what differs between two steps differs for a reason.
+    Else masks are learnt for few steps, from its nodes; then as prune.py makes a circuit of a
+    single start.
+    """
     asked = study.pruning
     inside = host(model, asked.standalone)
-    gates = Gates(inside, asked.tie_qk)
-    # all gates begin at noise * scale + bias, and here each has a bias of its own
-    learning = replace(asked, steps=study.mask_steps, init_noise_bias=first_bias(gates, nodes))
-    ranking = rank(inside, study.train, constants, gates, learning, quiet)
     search = Search(inside, constants, study.fit, asked.tie_qk, whole=model)
+    necessity = asked.necessity if asked.minimal else 0.0
     aim = SLACKS[0] * study.target
-    circuit = smallest(search, gates, ranking, aim, study.target, asked, quiet)
-    return replace(circuit, standalone=asked.standalone)
+    circuit = fitted(search, *neighbour)
+    inherited = search.meets(circuit, study.target, necessity)
+    if inherited and asked.minimal:
+        circuit = minimise(search, circuit, max(aim, circuit.loss), quiet, necessity)
+    if not inherited:
+        gates = Gates(inside, asked.tie_qk)
+        # all gates begin at noise * scale + bias, and here each has a bias of its own
+        bias = first_bias(gates, neighbour[0])
+        learning = replace(asked, steps=study.mask_steps, init_noise_bias=bias)
+        ranking = rank(inside, study.train, constants, gates, learning, quiet)
+        circuit = smallest(search, gates, ranking, aim, study.target, asked, quiet)
+    return replace(circuit, standalone=asked.standalone), inherited
+
+
+def fitted(search: Search, nodes: set, edges: set) -> Circuit:
+    """Nodes, and of these edges those that the model has, as a circuit; less what has no path."""
+    wires = graph_of(search.model).wires
+    there = [(a, j, b, i) for a, j, b, i in edges if wires[a, b].place(j, i) is not None]
+    return search.fit(*as_circuit(search.model, nodes, there))
 
 
 def described(study: Study, model: GPT, constants: Nodes, circuit: Circuit) -> dict:
@@ -150,11 +167,11 @@ def costs_within(study: Study, model: GPT, constants: Nodes, circuit: Circuit) -
     return found
 
 
-def circuit_at(study: Study, step: int, nodes: set) -> dict:
-    """The whole model of a step, and its circuit or `why` there is none. nodes: of a neighbour's
-    circuit. Of the last step: the final circuit, as its file has it."""
+def circuit_at(study: Study, step: int, neighbour: Parts) -> dict:
+    """The whole model of a step, and its circuit or `why` there is none. Of the last step: the
+    final circuit, as its file has it."""
     model, constants = study.load(step)
-    found = {"whole": whole_model(study, model), "circuit": None, "why": ""}
+    found = {"whole": whole_model(study, model), "circuit": None, "why": "", "inherited": False}
     if step == max(study.folders):
         circuit, constants = circuit_of(study.final, model)
         certified = study.final["validation"].get("minimal", {}).get("certified", False)
@@ -163,10 +180,10 @@ def circuit_at(study: Study, step: int, nodes: set) -> dict:
     whole = found["whole"]["loss_calibrated"]
     if not whole <= study.target:  # nor is NaN
         return found | {"why": f"the whole model misses the target, at {whole:.3f} nats"}
-    circuit = searched(study, model, constants, nodes)
+    circuit, inherited = searched(study, model, constants, neighbour)
     if not circuit.loss <= study.target:
         return found | {"why": f"none was found that meets the target: {circuit.loss:.3f} nats"}
-    return found | {"circuit": described(study, model, constants, circuit)}
+    return found | {"circuit": described(study, model, constants, circuit), "inherited": inherited}
 
 
 # --- the edges of the final circuit in the model of a step -------------------------------------
@@ -219,15 +236,14 @@ def edges_at(study: Study, step: int) -> dict:
 
     inside = host(model, study.pruning.standalone)
     search = Search(inside, constants, study.fit, study.pruning.tie_qk, whole=model)
-    mask, edges = as_circuit(model, study.nodes, there)
-    circuit = search.fit(mask, edges)
+    circuit = fitted(search, study.nodes, study.edges)
     margin = alone(inside, circuit, constants)(study.heldout)
     found = [{"weight": weight, "rank": rank_of, "entries": n, "cost": costs.get(edge, 0.0)}
              for edge, (weight, rank_of, n) in zip(study.edges, places)]
     return {
         "edges": found,
         "alone": loss_of(calibrated(margin, circuit.scale, circuit.shift)),
-        "without": search.loss_without(mask),
+        "without": search.loss_without(circuit.mask),
     }
 
 
