@@ -108,13 +108,12 @@ def zero_ablation(case: Case) -> dict:
 
 def standalone(case: Case) -> dict:
     """Loss where no AbsTopK acts on the circuit's nodes, and where it does as in the model; one of
-    the two is the sufficiency. AbsTopK is a hidden input: whether a node is kept hangs on how large
+    the two is the sufficiency. What recalibrating brings down was only a tilt of the logits. AbsTopK is a hidden input: whether a node is kept hangs on how large
     the channels outside the circuit are, and they are larger or smaller by what the prompt says."""
-    found = {}
-    for key, free in (("standalone", True), ("with_topk", False)):
-        run = alone(case.model, replace(case.circuit, standalone=free), case.constants)
-        found[key] = case.loss(run(case.heldout))
-    return found
+    free = alone(case.model, replace(case.circuit, standalone=True), case.constants)
+    kept = alone(case.model, replace(case.circuit, standalone=False), case.constants)
+    return {"standalone": case.loss(free(case.heldout)), "standalone_refit": case.refit(free),
+            "with_topk": case.loss(kept(case.heldout))}
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ LINES = (
     Line("sufficiency", "sufficiency", "unpruned model", "unpruned_loss"),
     Line("necessity", "necessity", "recalibrated", "necessity_refit"),
     Line("idle parts (no nats)", "idle", "of", "idle_of"),
-    Line("without AbsTopK", "standalone", "with it", "with_topk"),
+    Line("without AbsTopK", "standalone", "recalibrated", "standalone_refit"),
     Line("resample in the task", "resample_task", "recalibrated", "resample_task_refit",
          strict=True),
     Line("half the complement", "complement_random", f"worst of {SUBSETS}", "complement_worst",

@@ -15,8 +15,9 @@ The final circuit is RUN/TASK/circuit.json; where there is none, the model is pr
 the walk goes backward: a step has the circuit of the step after it, less what it does not need, as
 long as that does the task; else masks are learnt, for few steps, with its gates wide open and the
 others ajar. A step whose whole model misses the target has no circuit. A control, the final model
-pruned with other mask seeds, says how much two circuits of one model overlap. What is finished lies
-in parts/ and is not done again. docs/formation.md says more.
+pruned with other mask seeds, says how much two circuits of one model overlap; another, one step
+searched without a neighbour, what that start does. What is finished lies in parts/ and is not done
+again. docs/formation.md says more.
 """
 import html
 import json
@@ -220,6 +221,19 @@ def controls_of(study: Study, kept: Kept, n: int) -> list[dict]:
     return found
 
 
+def cold_start(study: Study, kept: Kept, cfg: FormationConfig) -> tuple[int, dict]:
+    """The kept step where the last weights have gone, and what is found there without a neighbour:
+    what a search does not owe to where it began."""
+    run, _, _ = read_run(cfg.run)
+    kept_steps = sorted(study.folders)[:-1]
+    step = min(kept_steps, key=lambda step: abs(step - run.anneal_end * run.max_steps))
+    source = {"sha256": weights_hash(study.folders[step])}
+    at = kept.get(f"cold_{step:06d}", source, partial(circuit_at, study, step, (set(), set())))
+    found = at["why"] or f"{at['circuit']['n_nodes']} nodes, {at['circuit']['n_edges']} edges"
+    print(f"  step {step} without a neighbour: {found}", flush=True)
+    return step, at
+
+
 def say_left(text: str, done: int, of: int, clock: float) -> None:
     """A line of progress. The time left is as if all that is left took as long as what is done."""
     left = (time.monotonic() - clock) / done * (of - done)
@@ -232,7 +246,9 @@ def work(cfg: FormationConfig, folders: dict[int, str], final: dict, what: str) 
     kept = Kept(cfg, study)
     if what == "circuits":
         return circuits_of(study, kept)
-    return edges_of_final(study, kept), controls_of(study, kept, cfg.controls)
+    return {"traced": edges_of_final(study, kept),
+            "controlled": controls_of(study, kept, cfg.controls),
+            "cold": cold_start(study, kept, cfg)}
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -264,9 +280,8 @@ def run_all(cfg: FormationConfig) -> None:
     for result in found:
         if isinstance(result, str):
             raise ValueError(result)
-    circuits, (traced, controlled) = found
     study = study_of(cfg, folders, final)
-    content = content_of(study, asdict(cfg), run, log, circuits, traced, controlled)
+    content = content_of(study, asdict(cfg), run, log, *found)
     write_all(cfg, content)
     print(text_of(content))
 

@@ -6,14 +6,13 @@ its curves as formation.png, and in words.
 - `text_of`: since when the model, and the final circuit alone, do the task.
 """
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
 from config import write_atomic
 
 from optim import density_at, lr_factor_at
-from tools.formation_steps import Parts, Study, jaccard, parts_in
+from tools.formation_steps import Study, overlap, parts_in
 from train import TrainConfig
 
 FORMAT = "sparse-formation-1"  # to be changed with what its keys mean
@@ -58,17 +57,13 @@ def step_rows(run: TrainConfig, log: list[dict], circuits: dict, traced: dict) -
                "overlap": None, "changes": None}
         if at["circuit"] is not None:
             now = parts_in(at["circuit"])
-            row["overlap"] = of_both(jaccard, now, final)
+            row["overlap"] = overlap(now, final)
             if before is not None:
-                row["changes"] = of_both(changes, before, now)
+                row["changes"] = {"nodes": changes(before[0], now[0]),
+                                  "edges": changes(before[1], now[1])}
             before = now
         rows.append(row)
     return rows
-
-
-def of_both(compare: Callable, a: Parts, b: Parts) -> dict:
-    """What `compare` says of the nodes, and of the edges, of two circuits."""
-    return {"nodes": compare(a[0], b[0]), "edges": compare(a[1], b[1])}
 
 
 def edge_rows(study: Study, run: TrainConfig, matters: float, circuits: dict,
@@ -109,10 +104,22 @@ def summary_of(run: TrainConfig, rows: list[dict], target: float, ceiling: list[
     }
 
 
+def cold_row(cold: tuple[int, dict], study: Study) -> dict:
+    """What formation.json says of a step's circuit that was searched for without a neighbour's."""
+    step, at = cold
+    row = {"step": step, "why": at["why"], "n_nodes": None, "n_edges": None, "overlap": None}
+    if at["circuit"] is not None:
+        row |= {key: at["circuit"][key] for key in ("n_nodes", "n_edges", "loss_heldout")}
+        row["overlap"] = overlap(parts_in(at["circuit"]), (study.nodes, set(study.edges)))
+    return row
+
+
 def content_of(study: Study, settings: dict, run: TrainConfig, log: list[dict], circuits: dict,
-               traced: dict, controlled: list[dict]) -> dict:
-    """The content of formation.json. circuits, traced: by step, of `circuit_at` and `edges_at`;
-    controlled: of `control`; settings: those of the command; run, log: those of the training."""
+               rest: dict) -> dict:
+    """The content of formation.json. circuits: of `circuit_at`, by step; rest: `traced`, of
+    `edges_at`, by step, `controlled`, of `control`, and `cold`, the step and the circuit_at of
+    a search without a neighbour; settings: the command's; run, log: the training's."""
+    traced, controlled, cold = rest["traced"], rest["controlled"], rest["cold"]
     rows = step_rows(run, log, circuits, traced)
     ceiling = [found["overlap"]["edges"] for found in controlled]
     final = {key: study.final[key] for key in (
@@ -124,7 +131,7 @@ def content_of(study: Study, settings: dict, run: TrainConfig, log: list[dict], 
                        for entry in log if "val_loss" in entry],
         "steps": rows,
         "edges": edge_rows(study, run, settings["matters"], circuits, traced),
-        "controls": controlled,
+        "controls": controlled, "cold": cold_row(cold, study) if cold else None,
         "summary": summary_of(run, rows, study.target, ceiling),
         "settings": settings, "asked": asdict(study.pruning),
     }
@@ -197,23 +204,25 @@ def plot_schedule(content: dict, axis) -> None:
     rate.set_ylabel("learning rate", color="C1")
 
 
-def plot_circuits(content: dict, size, overlap) -> None:
+def plot_circuits(content: dict, size, common) -> None:
     """Sizes of the circuits, and their overlap with the final one."""
     found = [row for row in content["steps"] if row["circuit"]]
     steps = [row["step"] for row in found]
     for part in ("edges", "nodes"):
         sizes = [row["circuit"][f"n_{part}"] for row in found]
         size.plot(steps, sizes, "o-", markersize=3.5, label=part)
-        overlaps = [row["overlap"][part] for row in found]
-        overlap.plot(steps, overlaps, "o-", markersize=3.5, label=part)
+        shares = [row["overlap"][part] for row in found]
+        common.plot(steps, shares, "o-", markersize=3.5, label=f"{part}, Jaccard")
+    held = [row["overlap"]["held"] for row in found]
+    common.plot(steps, held, "o-", markersize=3.5, label="its edges that are held")
     size.set_yscale("log")
     size.set_ylabel("circuit size")
     ceiling = [control["overlap"]["edges"] for control in content["controls"]]
     if ceiling:
-        overlap.axhspan(min(ceiling) - 0.005, max(ceiling) + 0.005, color="C0", alpha=0.25,
-                        linewidth=0, label="edges, of other mask seeds")
-    overlap.set_ylim(-0.03, 1.05)
-    overlap.set_ylabel("overlap with final")
+        common.axhspan(min(ceiling) - 0.005, max(ceiling) + 0.005, color="C0", alpha=0.25,
+                       linewidth=0, label="edges, other mask seeds")
+    common.set_ylim(-0.03, 1.05)
+    common.set_ylabel("overlap with final")
 
 
 def plot_raster(content: dict, axis):

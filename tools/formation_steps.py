@@ -254,6 +254,13 @@ def jaccard(a: set, b: set) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
+def overlap(a: Parts, final: Parts) -> dict[str, float]:
+    """How much a circuit has in common with the final one: the Jaccard index of their nodes and of
+    their edges; `held`: the share of the final one's edges that it has."""
+    held = len(a[1] & final[1]) / len(final[1]) if final[1] else 1.0
+    return {"nodes": jaccard(a[0], final[0]), "edges": jaccard(a[1], final[1]), "held": held}
+
+
 def control(study: Study, seed: int) -> dict:
     """The final model pruned with another seed, of masks and pairs, as prune.py does it; and its
     overlap with the final circuit."""
@@ -262,13 +269,12 @@ def control(study: Study, seed: int) -> dict:
     n = asked.train_pairs + asked.apart_pairs
     pairs = load_pairs(study.task, study.tokenizer, n, "train", model.config.block_size, seed)
     (circuit,) = find(model, *set_apart(pairs, asked), constants, asked, quiet)
-    nodes, edges = parts_found(model, circuit)
+    n_nodes, n_edges = circuit.size
     margin = alone(model, circuit, constants)(study.heldout)
     return {
         "seed": seed,
-        "n_nodes": len(nodes),
-        "n_edges": len(edges),
+        "n_nodes": n_nodes,
+        "n_edges": n_edges,
         "loss_heldout": loss_of(calibrated(margin, circuit.scale, circuit.shift)),
-        "overlap": {"nodes": jaccard(nodes, study.nodes),
-                    "edges": jaccard(edges, set(study.edges))},
+        "overlap": overlap(parts_found(model, circuit), (study.nodes, set(study.edges))),
     }

@@ -37,28 +37,29 @@ def total(terms: Iterable[tuple[float, str]], constant: float, digits: int) -> s
 
 def statement(start: str, expression: str, mark: str = "") -> list[str]:
     """The lines of `start` and an expression, the mark at the end of the first. What is too long
-    for one goes over several, in the brackets of its call or in some of its own: broken before
-    signs, and where that is not enough behind commas."""
+    for one goes over several, in its own brackets where it has some: broken behind the commas of a
+    dict, and else before signs, and where that is not enough behind commas."""
     comment = f"  # {mark}" if mark else ""
     line = f"    {start}{expression}{comment}"
     if len(line) <= COLUMNS:
         return [line]
-    call = re.match(r"\w+\(", expression)
-    opening = "("
-    if call and closes(expression) == len(expression) - 1:
-        opening = call[0]
-        expression = expression[call.end() : -1]
+    own = re.match(r"\w*[({]", expression)
+    opening, closing = "(", ")"
+    if own and closes(expression) == len(expression) - 1:
+        opening, closing = own[0], expression[-1]
+        expression = expression[own.end() : -1]
     room = COLUMNS - 9  # eight columns in front, and a bracket behind
     lines = [f"    {start}{opening}{comment}"]
     row = ""
-    for sum_part in re.split(r"(?= [+-] )", expression):
-        pieces = [sum_part] if len(sum_part) <= room else re.split(r"(?<=, )", sum_part)
+    breaks = r"(?<=, )(?=\d+: )" if opening == "{" else r"(?= [+-] )"
+    for part in re.split(breaks, expression):
+        pieces = [part] if len(part) <= room else re.split(r"(?<=, )|(?= [+-] )", part)
         for piece in pieces:
             if row and len((row + piece).strip()) > room:
                 lines.append(f"        {row.strip()}")
                 row = ""
             row += piece
-    return [*lines, f"        {row.strip()})"]
+    return [*lines, f"        {row.strip()}{closing}"]
 
 
 def closes(expression: str) -> int:
@@ -174,21 +175,25 @@ class Writer:
 
     def stream_term(self, channel: int) -> str:
         """The value of a channel at this point: a variable where the circuit writes to it."""
+        self.read_channels.add(channel)
         if channel in self.written:
             return f"stream_{channel}"
-        self.read_channels.add(channel)
         held = self.held_so_far[channel].item()
         if number(held, self.digits) == "0":
             return f"stream[:, {channel}]"
         return f"({self.total([(1.0, f'stream[:, {channel}]')], held)})"
 
+    def stream_sum(self, channel: int) -> str:
+        """The value of a channel that the circuit writes to: the token's own, what was written, and
+        what other writes are held at."""
+        terms = [(1.0, f"stream[:, {channel}]")]
+        terms += [(1.0, name) for name in self.written[channel]]
+        return self.total(terms, self.held_so_far[channel].item())
+
     def stream_variables(self) -> None:
         """A line for each channel that the circuit has written to since the last one."""
-        for channel, names in self.written.items():
-            self.read_channels.add(channel)
-            terms = [(1.0, f"stream[:, {channel}]"), *((1.0, name) for name in names)]
-            held = self.held_so_far[channel].item()
-            expression = self.total(terms, held)
+        for channel in self.written:
+            expression = self.stream_sum(channel)
             if self.variables.get(channel) != expression:
                 self.add(f"stream_{channel} = ", expression)
                 self.variables[channel] = expression
@@ -331,23 +336,22 @@ class Writer:
     def last(self) -> None:
         """From the stream to a logit for each answer."""
         self.lines += ["", "    # the answers; own(): what all channels but these say"]
-        self.stream_variables()
-        variables = {c: f"stream_{c}" for c in self.written}
+        values = {channel: self.stream_sum(channel) for channel in self.written}
         held = self.held_so_far
         if FINAL in self.mask:  # published circuits name the channels that are not held there
+            self.stream_variables()
             for channel in self.channels(FINAL):
                 self.node(FINAL, channel, self.stream_term(channel))
-            variables = {c: self.name(FINAL, c) for c in self.channels(FINAL)}
+            values = self.of_site(FINAL)
             self.add("stream = ", "0 * stream", "at the end all other channels are held, too")
             held = self.constants[FINAL].double()
-        self.add("last = ", in_braces(variables.items()))
+        self.add("last = ", in_braces(values.items()))
         self.held["final"] = held
         self.add("norm = ", 'rms("final", stream, last)')
 
         weights = self.unembedding()
         for i in range(len(self.answers)):
-            terms = [(weights[i, c].item(), name) for c, name in variables.items()
-                     if weights[i, c] != 0]
+            terms = [(weights[i, c].item(), f"last[{c}]") for c in values if weights[i, c] != 0]
             terms.append((1.0, f"own({i}, stream, last)"))
             said = self.total(terms, 0.0)
             if len(terms) > 1:

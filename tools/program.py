@@ -141,8 +141,10 @@ def arrays_of(case: Case, writer: Writer, answers: list[int]) -> dict[str, np.nd
     bigram = model.final_logits_bias[answers].expand(c.vocab_size, -1)
     if model.bigram_table is not None:
         bigram = bigram + model.bigram_table[:, answers]
-    arrays = {"embedding": model.transformer.wte.weight, "unembedding": writer.unembedding(),
-              "bigram": bigram}
+    eps = model.transformer.ln_f.eps
+    eps = torch.finfo(torch.float32).eps if eps is None else eps  # PyTorch's own default
+    arrays = {"eps": torch.tensor(eps), "longest": torch.tensor(c.block_size),
+              "embedding": model.transformer.wte.weight, "unembedding": writer.unembedding(), "bigram": bigram}
     arrays |= {f"held.{read}": held.float() for read, held in writer.held.items()}
     if c.d_pos_emb is None and model.transformer.wpe.weight.any():
         arrays["positions"] = model.transformer.wpe.weight
@@ -159,17 +161,13 @@ def arrays_of(case: Case, writer: Writer, answers: list[int]) -> dict[str, np.nd
 def head_of(case: Case, content: dict, said: str) -> list[str]:
     """The program's own description, and what is the same at every token."""
     circuit = case.circuit
-    eps = case.model.transformer.ln_f.eps
-    eps = torch.finfo(torch.float32).eps if eps is None else eps  # PyTorch's own default
     task = " ".join(f"{content['task']}: {content['task_description']}".split())
     lines = [
         f'"""{task}',
         "",
-        f"A circuit of {content['model']['dir']}, {content['n_nodes']} nodes and "
-        f"{content['n_edges']} edges, written down by tools.program.",
+        f"A circuit of {content['model']['dir']}: {content['n_nodes']} nodes, "
+        f"{content['n_edges']} edges; all else is held at its mean, folded into constants.",
         said,
-        "All other nodes are held at their means, which are folded into the constants; so are "
-        "biases.",
         '"""',
     ]
     lines = [line.replace("\\", "\\\\") for line in lines]
@@ -179,8 +177,6 @@ def head_of(case: Case, content: dict, said: str) -> list[str]:
         "",
         f"ANSWERS = {content['answers']!r}",
         f"CALIBRATION = ({circuit.scale:.6g}, {circuit.shift:.6g})  # of the difference of logits",
-        f"EPS = {eps:.6g}",
-        f"LONGEST = {case.model.config.block_size}",
     ]
 
 
@@ -362,12 +358,13 @@ def circuits_in(path: Path) -> list[Path]:
 
 def print_table(paths: list[Path], programs: list[Program]) -> None:
     """Every circuit of a run: its size, its program's, both losses (nats), and what is exact."""
-    print("\n| task | nodes | edges | lines | standalone | with AbsTopK | margins correlate "
-          "| largest error, logits |\n" + 8 * "|---" + "|")
+    print("\n| task | nodes | edges | lines | standalone | recalibrated | with AbsTopK "
+          "| margins correlate | largest error, logits |\n" + 9 * "|---" + "|")
     for path, program in zip(paths, programs):
         content = read_circuit(str(path))
         print(f"| {content['task']} | {content['n_nodes']} | {content['n_edges']} "
               f"| {program.lines} | {program.losses['standalone']:.3f} "
+              f"| {program.losses['standalone_refit']:.3f} "
               f"| {program.losses['with_topk']:.3f} | {program.correlation:.3f} "
               f"| {program.error:.1e} |")
     lines = statistics.median(program.lines for program in programs)

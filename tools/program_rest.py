@@ -1,6 +1,6 @@
 """What every program of tools/program.py has below its circuit: all from the line of dashes on.
 
-Not run as it stands: EPS, TABLES, ANSWERS, CALIBRATION and `circuit` are in the program itself.
+Not run as it stands: TABLES, ANSWERS, CALIBRATION and `circuit` are in the program itself.
 """
 # --- the same in every program: norms, attention, words to tokens, the command ----------------
 
@@ -17,6 +17,8 @@ TOKENS = [bytes.fromhex(text) for text in DATA["vocabulary"]]  # token id -> byt
 IDS = {token: i for i, token in enumerate(TOKENS) if token}
 EMBEDDING = DATA["embedding"].astype(np.float64)  # (vocabulary, channels)
 BIGRAM = DATA["bigram"].astype(np.float64)        # (vocabulary, answers)
+EPS = float(DATA["eps"])
+LONGEST = int(DATA["longest"])  # tokens that the model takes
 for channel, table in TABLES.items():
     for token, entry in table.items():
         EMBEDDING[IDS[token if isinstance(token, bytes) else token.encode()], channel] = entry
