@@ -141,7 +141,7 @@ def test_the_steps_of_a_run_made_by_hand(whole):
         assert rows[step]["overlap"] is None and rows[step]["changes"] is None
     for step in (30, 40):
         assert rows[step]["circuit"]["nodes"] == CIRCUIT and rows[step]["why"] == ""
-        assert rows[step]["overlap"] == {"nodes": 1.0, "edges": 1.0}
+        assert rows[step]["overlap"] == {"nodes": 1.0, "edges": 1.0, "held": 1.0}
         assert rows[step]["final_alone"] < 0.4 < math.log(2) < rows[step]["without_final"]
         assert rows[step]["circuit"]["loss_heldout"] == pytest.approx(rows[step]["final_alone"], abs=0.01)
         assert rows[step]["circuit"]["certified"] and rows[step]["circuit"]["unembedding"] == [[2, "2", 3, 0.8], [3, "3", 3, -0.8]]
@@ -154,7 +154,8 @@ def test_the_steps_of_a_run_made_by_hand(whole):
     # the last one is the circuit that people have, to its loss
     circuit = json.loads((folder / "toy" / "circuit.json").read_text())
     assert rows[40]["circuit"]["loss_heldout"] == pytest.approx(circuit["loss_heldout"], abs=1e-6)
-    assert [c["overlap"] for c in found["controls"]] == [{"nodes": 1.0, "edges": 1.0}]
+    assert [c["overlap"] for c in found["controls"]] == [{"nodes": 1.0, "edges": 1.0, "held": 1.0}]
+    assert found["cold"]["step"] == 20 and "misses the target" in found["cold"]["why"] and found["cold"]["overlap"] is None
 
 
 def test_the_edges_of_a_run_made_by_hand(whole):
@@ -242,7 +243,8 @@ def test_the_walk_goes_backward_and_hands_on_the_nodes_it_found(toy, monkeypatch
     calls = fakes(monkeypatch)
     measured(toy)
     nodes = {(site, channels[0]) for site, channels in CIRCUIT.items()}
-    walked = [call for call in calls if isinstance(call, tuple)]
+    *walked, cold = [call for call in calls if isinstance(call, tuple)]
+    assert cold == (20, (set(), set()))  # where the last weights go
     assert walked == [(40, (nodes, {READ, WRITE})), (30, (nodes | {("0.attn.q", 4)}, {READ, WRITE})),
                       (20, (nodes | {("0.attn.q", 3)}, {READ, WRITE})), (10, (nodes | {("0.attn.q", 2)}, {READ}))]
     assert [call for call in calls if isinstance(call, int)] == list(STEPS) and "seed 1" in calls
@@ -250,12 +252,15 @@ def test_the_walk_goes_backward_and_hands_on_the_nodes_it_found(toy, monkeypatch
 
 def test_changes_and_overlap_are_between_neighbours_that_have_a_circuit(toy, monkeypatch):
     fakes(monkeypatch)
-    rows = measured(toy)["steps"]
+    found = measured(toy)
+    rows = found["steps"]
+    assert found["cold"]["overlap"] == {"nodes": 3 / 4, "edges": 0.5, "held": 0.5} and found["cold"]["step"] == 20 and found["cold"]["n_edges"] == 1
     assert [bool(row["circuit"]) for row in rows] == [False, True, True, True]
     assert rows[1]["changes"] is None
     assert rows[2]["changes"] == {"nodes": {"new": [["0.attn.q", 3]], "kept": 3, "gone": [["0.attn.q", 2]]},
                                   "edges": {"new": [list(WRITE)], "kept": 1, "gone": []}}
-    assert rows[1]["overlap"] == {"nodes": 3 / 5, "edges": 0.5} and rows[3]["overlap"] == {"nodes": 1.0, "edges": 1.0}
+    assert rows[1]["overlap"] == {"nodes": 3 / 5, "edges": 0.5, "held": 0.5}
+    assert rows[3]["overlap"] == {"nodes": 1.0, "edges": 1.0, "held": 1.0}
 
 
 def test_since_is_for_good():
@@ -286,7 +291,7 @@ def test_what_is_finished_is_not_done_again(toy, monkeypatch):
     calls = fakes(monkeypatch)
     first = measured(toy)
     done = len(calls)
-    assert done == 9 and measured(toy) == first and len(calls) == done
+    assert done == 10 and measured(toy) == first and len(calls) == done
     assert measured(toy, "--matters=0.2")["matters"] == 0.2 and len(calls) == done  # it is for reading only
 
     # other weights of one step: that step, and no other, for the circuit found there is the same
@@ -298,8 +303,10 @@ def test_what_is_finished_is_not_done_again(toy, monkeypatch):
     done = len(calls)
     assert measured(toy) and calls[done:] == [20]
     done = len(calls)
-    assert measured(toy, "--mask_steps=61") and len(calls) == done + 9
-    assert measured(toy, "--controls=2") and calls[-1] == "seed 2"
+    assert measured(toy, "--mask_steps=61") and [call[0] for call in calls[done:]] == [40, 30, 20, 10, 20]
+    done = len(calls)
+    assert measured(toy, "--cut_pairs=9", "--mask_steps=61") and calls[done:] == list(STEPS)
+    assert measured(toy, "--controls=2") and "seed 2" in calls
 
 
 SLOW = """
@@ -449,7 +456,7 @@ def formed(n: int = 5) -> dict:
         rows.append({"step": step, "density": 1 / step, "lr": 0.01 * k, "val_loss": None, "circuit": circuit if k else None,
                      "why": "" if k else "the whole model misses <the> target", "final_alone": 0.6 - 0.1 * k, "without_final": 0.8,
                      "whole": {"loss_calibrated": 0.5 - 0.1 * k, "bigram_loss": 0.7},
-                     "overlap": {"nodes": 0.2 * k, "edges": 0.2 * k} if k else None,
+                     "overlap": {"nodes": 0.2 * k, "edges": 0.2 * k, "held": 0.25 * k} if k else None,
                      "changes": None if k < 2 else {
                          "nodes": {"new": sorted(there - before), "kept": len(there & before), "gone": sorted(before - there)},
                          "edges": {"new": final["edges"][:k], "kept": 2, "gone": []}}})

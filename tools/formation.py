@@ -56,7 +56,7 @@ class FormationConfig:
     # what is asked of the final circuit where RUN/TASK/circuit.json is still to be made
     target_loss: float = bounded(0.15, above=0)
     necessity: float = bounded(0.55, at_least=0)
-    mask_steps: int = bounded(100, at_least=1)  # at each kept step
+    mask_steps: int = bounded(200, at_least=1)  # where a kept step needs another circuit
     fit_pairs: int = bounded(128, at_least=1)   # that circuits of kept steps are searched for on
     cut_pairs: int = bounded(256, at_least=1)   # held-out pairs on which single edges are cut
     matters: float = bounded(0.01, above=0)     # nats that cutting an edge must cost to count
@@ -157,8 +157,7 @@ class Kept:
         self.folder = os.path.join(folder_of(cfg), "parts")
         os.makedirs(self.folder, exist_ok=True)
         self.made_of = {
-            "format": FORMAT, "asked": asdict(study.pruning), "mask_steps": cfg.mask_steps,
-            "fit_pairs": cfg.fit_pairs, "cut_pairs": cfg.cut_pairs,
+            "format": FORMAT, "asked": asdict(study.pruning), "fit_pairs": cfg.fit_pairs,
             "final": [sorted(study.nodes), study.edges]}
 
     def get(self, name: str, source: dict, make: Callable[[], dict]) -> dict:
@@ -183,7 +182,8 @@ def circuits_of(study: Study, kept: Kept) -> dict[int, dict]:
     found = {}
     clock = time.monotonic()
     for step, folder in reversed(study.folders.items()):
-        source = {"sha256": weights_hash(folder), "neighbour": list(map(sorted, neighbour))}
+        source = {"sha256": weights_hash(folder), "mask_steps": study.mask_steps,
+                  "neighbour": list(map(sorted, neighbour))}
         make = partial(circuit_at, study, step, neighbour)
         at = kept.get(f"circuit_{step:06d}", source, make)
         text = at["why"]
@@ -201,7 +201,7 @@ def edges_of_final(study: Study, kept: Kept) -> dict[int, dict]:
     found = {}
     clock = time.monotonic()
     for step, folder in study.folders.items():
-        source = {"sha256": weights_hash(folder)}
+        source = {"sha256": weights_hash(folder), "cut_pairs": len(study.cut)}
         found[step] = kept.get(f"edges_{step:06d}", source, partial(edges_at, study, step))
         text = f"edges at step {step}: the final circuit alone {found[step]['alone']:.3f} nats"
         say_left(text, len(found), len(study.folders), clock)
@@ -227,7 +227,7 @@ def cold_start(study: Study, kept: Kept, cfg: FormationConfig) -> tuple[int, dic
     run, _, _ = read_run(cfg.run)
     kept_steps = sorted(study.folders)[:-1]
     step = min(kept_steps, key=lambda step: abs(step - run.anneal_end * run.max_steps))
-    source = {"sha256": weights_hash(study.folders[step])}
+    source = {"sha256": weights_hash(study.folders[step]), "mask_steps": study.mask_steps}
     at = kept.get(f"cold_{step:06d}", source, partial(circuit_at, study, step, (set(), set())))
     found = at["why"] or f"{at['circuit']['n_nodes']} nodes, {at['circuit']['n_edges']} edges"
     print(f"  step {step} without a neighbour: {found}", flush=True)
