@@ -108,8 +108,9 @@ def zero_ablation(case: Case) -> dict:
 
 def standalone(case: Case) -> dict:
     """Loss where no AbsTopK acts on the circuit's nodes, and where it does as in the model; one of
-    the two is the sufficiency. What recalibrating brings down was only a tilt of the logits. AbsTopK is a hidden input: whether a node is kept hangs on how large
-    the channels outside the circuit are, and they are larger or smaller by what the prompt says."""
+    the two is the sufficiency. AbsTopK is a hidden input: whether a node is kept hangs on how large
+    channels outside the circuit are, by what the prompt says. What recalibrating brings down was
+    only a tilt of the logits."""
     free = alone(case.model, replace(case.circuit, standalone=True), case.constants)
     kept = alone(case.model, replace(case.circuit, standalone=False), case.constants)
     return {"standalone": case.loss(free(case.heldout)), "standalone_refit": case.refit(free),

@@ -338,9 +338,16 @@ def test_where_a_head_looks_from_the_last_token():
     shares[:, 1], shares[:, 3], shares[:, 6] = 0.6, 0.1, 0.3
     seen = seen_of([0.0] * 8, [0, 1, 2, 0, 2, 1, 0, 3], [3, 7], [True, False], {"h": shares})
     assert of_head("h", ["q"], ["k"], seen) == "From the last token h, by q, looks at 'b' 0.60, 'd' 0.10; the sink takes 0.30."
-    flat = np.full((2, 7), 1 / 7) * [[1, 1, 1, 1, 1, 1, 0.1]]
     flat = np.tile(np.array([[0.02] * 6 + [0.0]]), (2, 1))
     assert of_head("h", [], ["k"], seen_of([0.0] * 8, [0] * 8, [3, 7], [True, False], {"h": flat})) == ""
+
+
+@pytest.mark.parametrize("of_sink, does", [([0.9, 0.6], "counts tokens"), ([0.05, 0.02], "averages")])
+def test_a_head_without_queries_and_keys_counts_only_where_the_sink_gives_way(of_sink, does):
+    shares = np.zeros((2, 7))
+    shares[:, 6] = of_sink
+    sentence = of_head("h", [], [], seen_of([0.0] * 8, [0] * 8, [1, 7], [True, False], {"h": shares}))
+    assert sentence.endswith(f"the sink takes {of_sink[0]:.2f} of it in short prompts, {of_sink[1]:.2f} in long ones: it {does}.")
 
 
 def test_the_command_writes_a_program_beside_each_circuit_of_a_run(tmp_path, capsys, monkeypatch, tokenizer):

@@ -21,6 +21,7 @@ from circuit import Circuit
 DECIDED = 0.9    # of the variance that a rule has to explain
 SAME = 1e-3      # of a variable's size: what varies less is constant
 FAR = 0.25       # of the largest distance from the usual value: such a token is detected
+COUNTS = 1.5     # times as much that a head gathers in long prompts as in short ones
 LOOKS = 0.5      # of a head's attention on so few tokens that they can be named
 NAMED = 3        # tokens at most in a list
 DIVIDES = 0.75   # share of the prompts that a threshold must get right
@@ -145,8 +146,9 @@ def of_head(name: str, queries: list[str], keys: list[str], seen: Seen) -> str:
         of_sink = seen.heads[name][:, -1]
         few = of_sink[length <= np.quantile(length, 0.1)].mean()
         many = of_sink[length >= np.quantile(length, 0.9)].mean()
+        does = "counts tokens" if 1 - many >= COUNTS * (1 - few) else "averages"
         return (f"{name} looks at all tokens alike; the sink takes {few:.2f} of it in short "
-                f"prompts, {many:.2f} in long ones: it counts tokens.")
+                f"prompts, {many:.2f} in long ones: it {does}.")
     order = np.argsort(-shares[:-1])[:NAMED]
     if shares[order].sum() + sink < LOOKS:
         return ""

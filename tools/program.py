@@ -144,7 +144,8 @@ def arrays_of(case: Case, writer: Writer, answers: list[int]) -> dict[str, np.nd
     eps = model.transformer.ln_f.eps
     eps = torch.finfo(torch.float32).eps if eps is None else eps  # PyTorch's own default
     arrays = {"eps": torch.tensor(eps), "longest": torch.tensor(c.block_size),
-              "embedding": model.transformer.wte.weight, "unembedding": writer.unembedding(), "bigram": bigram}
+              "embedding": model.transformer.wte.weight, "unembedding": writer.unembedding(),
+              "bigram": bigram}
     arrays |= {f"held.{read}": held.float() for read, held in writer.held.items()}
     if c.d_pos_emb is None and model.transformer.wpe.weight.any():
         arrays["positions"] = model.transformer.wpe.weight
@@ -186,6 +187,7 @@ class Program:
     text: str
     arrays: dict[str, np.ndarray]
     lines: int        # of its own, above what all programs share
+    code: int         # of these, less docstrings, comments and blank ones
     digits: int
     error: float = 0.0        # logits: the largest difference to the circuit without AbsTopK
     correlation: float = 0.0  # of its margins with those of the circuit in its model
@@ -205,7 +207,15 @@ def write_down(case: Case, content: dict, names: dict[str, str], digits: int,
     rest, contest, more = re.split("# --- .*competition.*\n|# --- .*again\n", rest)
     rest += contest * competing + more
     text = "\n".join(own) + "\n\n\n" + rest
-    return Program(text, arrays_of(case, writer, answers), len(own), digits)
+    arrays = arrays_of(case, writer, answers)
+    return Program(text, arrays, len(own), code_lines("\n".join(own)), digits)
+
+
+def code_lines(text: str) -> int:
+    """How many lines are neither blank nor a comment nor a docstring."""
+    text = re.sub(r'''"""(.|\n)*?"""''', "", text)
+    lines = [line.strip() for line in text.splitlines()]
+    return sum(bool(line) and not line.startswith("#") for line in lines)
 
 
 # --- does it do what the circuit does? ------------------------------------------------------
@@ -334,7 +344,8 @@ def write_program(path: Path, args: argparse.Namespace) -> Program:
     write_atomic(str(out.with_suffix(".npz")), packed(program.arrays))
     write_atomic(str(out), program.text.encode())
     exact = "exact" if program.error < EXACT else f"NOT exact: off by {program.error:.2g} logits"
-    print(f"{content['task']}: {program.lines} lines, {program.digits} digits; "
+    print(f"{content['task']}: {program.lines} lines ({program.code} of code), "
+          f"{program.digits} digits; "
           f"{exact} (at most {program.error:.1e}); "
           f"{program.losses['standalone']:.3f} nats held out, {program.losses['with_topk']:.3f} "
           f"with AbsTopK, margins correlate {program.correlation:.3f}\n{out}", flush=True)
@@ -358,17 +369,19 @@ def circuits_in(path: Path) -> list[Path]:
 
 def print_table(paths: list[Path], programs: list[Program]) -> None:
     """Every circuit of a run: its size, its program's, both losses (nats), and what is exact."""
-    print("\n| task | nodes | edges | lines | standalone | recalibrated | with AbsTopK "
+    print("\n| task | nodes | edges | lines, of code | standalone | recalibrated | with AbsTopK "
           "| margins correlate | largest error, logits |\n" + 9 * "|---" + "|")
     for path, program in zip(paths, programs):
         content = read_circuit(str(path))
         print(f"| {content['task']} | {content['n_nodes']} | {content['n_edges']} "
-              f"| {program.lines} | {program.losses['standalone']:.3f} "
+              f"| {program.lines}, {program.code} | {program.losses['standalone']:.3f} "
               f"| {program.losses['standalone_refit']:.3f} "
               f"| {program.losses['with_topk']:.3f} | {program.correlation:.3f} "
               f"| {program.error:.1e} |")
     lines = statistics.median(program.lines for program in programs)
-    print(f"median length: {lines:g} lines, and {shared_lines()} that all programs share")
+    code = statistics.median(program.code for program in programs)
+    print(f"median length: {lines:g} lines, {code:g} of code, and {shared_lines()} that all "
+          "programs share")
 
 
 def shared_lines() -> int:
