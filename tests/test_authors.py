@@ -82,7 +82,10 @@ def test_losses_counts_and_supports_are_theirs(name, monkeypatch, in_float64):
         measured, _ = train.train_step(run, job, model, step)
         losses.append(measured["train_loss"])
         for key, p in model.named_parameters():
-            assert int(p.count_nonzero()) == theirs["nonzeros"][key][step], (key, step)
+            # A key's bias adds the same to all scores of a query: without a sink its gradient is nothing but
+            # rounding, and on some processors that of an entry is zero.
+            loose = len(p) // 3 if key.endswith("c_attn.bias") and not cfg.sink else 0
+            assert abs(theirs["nonzeros"][key][step] - int(p.count_nonzero())) <= loose, (key, step)
     with torch.no_grad():
         losses.append(model(batches[-1][:, :-1], batches[-1][:, 1:])[1].item())
 

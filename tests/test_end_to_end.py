@@ -31,6 +31,7 @@ from model import GPT
 from tools import tune
 from tools.bench_memory import MemoryConfig
 from tools.bench_model import BenchModelConfig
+from tools.formation import FormationConfig
 from tools.inspect import InspectConfig
 from tools.planted import PlantedConfig
 from tools.published import PublishedConfig
@@ -152,7 +153,7 @@ def test_the_page_shows_every_node_and_edge(circuit):
     c = json.loads(circuit.read_text())
     assert view.main([str(circuit)]) == 0
     page = circuit.with_suffix(".html").read_text()
-    held = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page, re.S)[1])
+    (held,) = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page, re.S)[1])["circuits"]
     assert held["nodes"] == c["nodes"] and len(held["edges"]) == c["n_edges"]
     text = html.unescape(page)
     assert TASK in text
@@ -258,7 +259,7 @@ def test_the_circuit_of_a_file_has_a_page(file_task):
     circuit = pruned(file_task)
     assert view.main([str(circuit)]) == 0
     page = circuit.with_suffix(".html").read_text(encoding="utf-8")
-    held = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page, re.S)[1])
+    (held,) = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", page, re.S)[1])["circuits"]
     assert len(held["answers"]) == 4 and "my_pairs__é" in page
 
 
@@ -406,6 +407,7 @@ KINDS = {
     "tools/bench.py": train.TrainConfig,
     "tools/bench_memory.py": MemoryConfig,
     "tools/bench_model.py": BenchModelConfig,
+    "tools/formation.py": FormationConfig,
     "tools/inspect.py": InspectConfig,
     "tools/planted.py": PlantedConfig,
     "tools/published.py": PublishedConfig,
@@ -414,7 +416,7 @@ KINDS = {
 }
 
 
-DOCS = ["README.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
+DOCS = ["README.md", "docs/programs.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
 
 
 @pytest.mark.parametrize("page", DOCS)
