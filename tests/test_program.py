@@ -181,6 +181,18 @@ def test_what_is_no_prompt_is_refused_in_one_line(tmp_path, tokenizer, args):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("program.py: ")
 
 
+def test_a_closed_pipe_and_an_ascii_terminal_are_no_errors(tmp_path, tokenizer):
+    case = case_of_task("single_double_quote", tokenizer, 2)
+    loaded(write_down(case, described(case), {}, 3), tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py"), "a b"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.stderr == b"" and done.returncode == 141
+    done = subprocess.run(["bash", "-c", f"PYTHONIOENCODING=ascii '{sys.executable}' '{tmp_path}/program.py' 'é' --trace"], capture_output=True)
+    assert done.returncode == 0 and b"\\" in done.stdout and not done.stderr
+
+
 def test_the_same_edit_of_a_weight_in_the_program_and_in_the_model_does_the_same(tmp_path, tokenizer):
     case = case_of_task("bracket_counting", tokenizer)
     made = write_down(case, described(case), {}, 8)

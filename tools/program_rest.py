@@ -6,6 +6,7 @@ Not run as it stands: TABLES, ANSWERS, CALIBRATION and `circuit` are in the prog
 
 import argparse
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -159,4 +160,10 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader that has gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
