@@ -1,6 +1,5 @@
 """tools/program.py: a program computes what the circuit does, alone, and says what it is made of."""
 import ast
-import json
 import os
 import re
 import subprocess
