@@ -44,6 +44,7 @@ def models() -> dict[int, GPT]:
     for step, read, write in ((10, 0.0, 0.5), (20, 2.0, 0.0), (30, 0.4, 1.5)):
         attn = found[step].transformer.h[0].attn
         attn.c_attn.weight[12 + 1, 0], attn.c_proj.weight[3, 1] = read, write
+    found[30].transformer.h[0].attn.c_attn.weight[12, 1] = -0.5  # the one other weight of this matrix
     return found
 
 
@@ -149,7 +150,7 @@ def test_the_steps_of_a_run_made_by_hand(whole):
     assert rows[40]["circuit"]["edges"] == TOY_EDGES
     assert rows[30]["changes"] is None
     assert rows[40]["changes"] == {"nodes": {"new": [], "kept": 3, "gone": []}, "edges": {"new": [], "kept": 2, "gone": []}}
-    assert found["summary"] == {"anneal_end": 20, "model_solves": 30, "final_alone": 30, "overlaps_as_controls": 30}
+    assert found["summary"] == {"anneal_end": 20, "model_solves": 30, "final_alone_first": 30, "final_alone": 30, "overlaps_as_controls": 30}
 
     # the last one is the circuit that people have, to its loss
     circuit = json.loads((folder / "toy" / "circuit.json").read_text())
@@ -206,19 +207,21 @@ def test_cuts_of_many_batches_are_those_of_one(monkeypatch):
 
 
 def test_the_bigram_table_alone_and_its_share_of_the_margin():
-    """Half of the margin of 2 + 2, where the last token tells; nothing, where both prompts end alike."""
+    """One prompt in which the table is right by 2 and one in which it is wrong by 1; the rest of the model adds 2 to both.
+    No share, where the model has no margin: both prompts end alike."""
     model = random_model(std=0.0, enable_bigram_table=True)
     model.final_logits_bias[2], model.final_logits_bias[3] = 0.0, 0.0
-    for token, right, wrong in ((4, 2, 3), (5, 3, 2)):
-        model.bigram_table[token, right], model.bigram_table[token, wrong] = 1.0, -1.0
+    for token, right, wrong, by in ((4, 2, 3, 1.0), (5, 3, 2, -0.5)):
+        model.bigram_table[token, right], model.bigram_table[token, wrong] = by, -by
     model.transformer.ln_f.weight.fill_(1.0)
     model.transformer.wte.weight[4], model.transformer.wte.weight[5] = 1.0, -1.0
     model.lm_head.weight[2, 0], model.lm_head.weight[3, 0] = 1.0, -1.0
     answer = torch.tensor([2, 3])
     told = Pairs(torch.tensor([[0, 4], [0, 5]]), torch.tensor([1, 1]), answer, answer.flip(0))
     found = formation_steps.whole_model(SimpleNamespace(heldout=told, fit=told), model)
-    assert found["margin"] == pytest.approx(4, abs=1e-3) and found["bigram_share"] == pytest.approx(0.5, abs=1e-3)
-    assert found["bigram_loss"] == pytest.approx(math.log1p(math.exp(-2))) and found["loss"] == pytest.approx(math.log1p(math.exp(-4)), abs=1e-4)
+    assert found["margin"] == pytest.approx(2.5, abs=1e-3) and found["bigram_share"] == pytest.approx(0.2, abs=1e-3)
+    assert found["bigram_loss"] == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2)
+    assert found["loss"] == pytest.approx((math.log1p(math.exp(-4)) + math.log1p(math.exp(-1))) / 2, abs=1e-4)
     alike = replace(told, ids=torch.tensor([[0, 4], [1, 4]]))
     found = formation_steps.whole_model(SimpleNamespace(heldout=alike, fit=alike), model)
     assert found["margin"] == pytest.approx(0) and found["bigram_share"] is None
@@ -447,7 +450,7 @@ def formed(n: int = 5) -> dict:
             old = circuit["nodes"][site]
             circuit["nodes"][site] = sorted({*(old if k > 1 or "mlp" in site else ()), *extra})
         there = {(site, c) for site, channels in circuit["nodes"].items() for c in channels}
-        circuit["edges"] = [e[:4] + [e[4] / 2] for e in circuit["edges"] if {tuple(e[:2]), tuple(e[2:4])} <= there]
+        circuit["edges"] = [e[:4] + [e[4] / (2 if k == n - 1 else 4)] for e in circuit["edges"] if {tuple(e[:2]), tuple(e[2:4])} <= there]
         if k < n - 1:
             nodes = circuit["nodes"]
             pairs = [("0.attn.act_in", "0.attn.v"), ("0.mlp.act_in", "0.mlp.post_act"), ("1.mlp.post_act", "1.mlp.resid_delta")]
@@ -474,7 +477,7 @@ def formed(n: int = 5) -> dict:
         **{key: final[key] for key in keys}, "run": "out/demo", "matters": 0.01, "max_steps": steps[-1], "final_density": 0.04,
         "validation": [{"step": 250, "val_loss": {"<i>": 2.0, "code": 4.0}}, {"step": 500, "val_loss": {"<i>": 1.5, "code": 3.5}}],
         "steps": rows, "edges": edges, "controls": [{"overlap": {"nodes": 0.8, "edges": x}} for x in (0.7, 0.9)],
-        "summary": {"anneal_end": 250, "model_solves": 200, "final_alone": 500, "overlaps_as_controls": 400},
+        "summary": {"anneal_end": 250, "model_solves": 200, "final_alone_first": 400, "final_alone": 500, "overlaps_as_controls": 400},
         "settings": {"run": "<b>out", "jobs": 2},
     }
 
@@ -526,6 +529,12 @@ point(document.querySelectorAll('.row-hit')[2]);
 seen.tip = text('tip');
 seen.lit = all('path.edge.lit').length;
 seen.found = text('found');
+document.getElementById('lasting').click();
+seen.lasting = [4, 3, 1].map(k => {
+  slider.value = k;
+  slider.dispatchEvent(new Event('input'));
+  return state();
+});
 seen.labels = [slider.labels.length, all('[role=img]').every(el => el.ariaLabel)];
 seen.table = all('#tables tr').map(tr => tr.textContent);
 """
@@ -555,6 +564,17 @@ def test_the_slider_lights_what_is_in_the_circuit_of_a_step_and_moves_nothing(tm
         assert (f"nodes{len(own)}" in state["tiles"]) == bool(own)
     assert [state["zero"] for state in seen["steps"]] == [1, 0, 0, 0, 0]  # a weight that is not there yet
     assert len({state["line"] for state in seen["steps"]}) == len({state["column"] for state in seen["steps"]}) == 5
+    # what stays where only what lasts is drawn: what is in the final circuit, or in two
+    each = [ids_of(row["circuit"]) if row["circuit"] else set() for row in content["steps"]]
+    stays = {node for node in every if sum(node in own for own in each) > 1} | final
+    assert final < stays < every
+    for k, state in zip((4, 3, 1), seen["lasting"], strict=True):
+        assert set(state["here"]) == each[k] & stays and set(state["here"] + state["later"] + state["off"]) == stays
+        hidden = len(each[k] - stays)
+        assert state["why"] == (f"{len(each[k] & stays)} of its {len(each[k])} nodes are drawn." if hidden else "")
+    assert [w for w in seen["steps"][2]["widths"] if w > 1] and len(set(seen["steps"][2]["widths"])) > 3
+    assert max(seen["steps"][4]["widths"]) == pytest.approx(5, abs=0.01)  # the strongest of all steps is in the final one
+    assert max(seen["steps"][2]["widths"]) < 4
     assert seen["first"]["step"] == "step 500 of 500"  # it opens with the end
     assert seen["clicked"] == "step 300 of 500" and "step 300" in seen["tip"] and seen["lit"] == 1
     assert "from step 200 on" in seen["found"] and seen["labels"] == [1, True]

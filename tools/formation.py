@@ -25,7 +25,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from circuit import circuit_of, read_circuit
 from model import weights_hash
 from prune import PruneConfig, in_processes, prune_task
 from tasks import load_model, load_pairs, task_of
-from tools.formation_result import FORMAT, content_of, plot, text_of
+from tools.formation_result import FORMAT, content_of, plot, table_of, text_of
 from tools.formation_steps import Study, circuit_at, control, edges_at, parts_in
 from tools.planted import parts_found
 from train import TrainConfig
@@ -47,7 +47,7 @@ PAGE = Path(__file__).with_name("formation.html")
 
 @dataclass
 class FormationConfig:
-    run: str = "out/demo"           # of train.py, with --keep_every
+    run: str = "out/demo"           # of train.py, with --keep_every; or several, A,B,C: a table
     task: str = "single_double_quote"  # or a file of pairs: .jsonl, .csv
     out_dir: str = ""               # "" = RUN/TASK/formation
     data: str = "data/tinypython"   # for the means: train.bin
@@ -265,9 +265,9 @@ def write_all(cfg: FormationConfig, content: dict) -> None:
     plot(content, f"{path}.png")
 
 
-def run_all(cfg: FormationConfig) -> None:
-    """Measure what is missing, and write. ValueError or OSError, in one line, where that cannot be
-    done."""
+def run_one(cfg: FormationConfig) -> dict:
+    """Measure what is missing of one run, and write; returns the content of formation.json.
+    ValueError or OSError, in one line, where that cannot be done."""
     run, log, folders = read_run(cfg.run)
     final = final_circuit(cfg)
     print(f"{len(folders)} steps of {cfg.run}, from {min(folders)} to {max(folders)}", flush=True)
@@ -283,13 +283,21 @@ def run_all(cfg: FormationConfig) -> None:
     study = study_of(cfg, folders, final)
     content = content_of(study, asdict(cfg), run, log, *found)
     write_all(cfg, content)
-    print(text_of(content))
+    print(text_of(content), flush=True)
+    return content
 
 
 def main(argv: list[str]) -> int:
     cfg = parse(FormationConfig, argv)
     try:
-        run_all(cfg)
+        runs = cfg.run.split(",")
+        if len(runs) > 1 and cfg.out_dir:
+            raise ValueError("out_dir is for one run: several would write over each other")
+        for run in runs:  # before hours go by on the first
+            read_run(run)
+        contents = [run_one(replace(cfg, run=run)) for run in runs]
+        if len(runs) > 1:
+            print(f"\n{table_of(contents)}")
     except (ValueError, OSError) as e:
         die(e)
     return 0

@@ -3,9 +3,11 @@ its curves as formation.png, and in words.
 
 - `content_of`: the steps and the edges of the final circuit, compared with each other.
 - `plot`: needs pip install -r requirements-extra.txt
-- `text_of`: since when the model, and the final circuit alone, do the task.
+- `text_of`: since when the model, and the final circuit alone, do the task; `table_of`: the same of
+  several runs.
 """
 import math
+import statistics
 from dataclasses import asdict
 from functools import partial
 
@@ -13,6 +15,7 @@ from config import write_atomic
 
 from optim import density_at, lr_factor_at
 from tools.formation_steps import Study, overlap, parts_in
+from tools.planted import cell
 from train import TrainConfig
 
 FORMAT = "sparse-formation-1"  # to be changed with what its keys mean
@@ -93,12 +96,15 @@ def edge_rows(study: Study, run: TrainConfig, matters: float, circuits: dict,
 
 
 def summary_of(run: TrainConfig, rows: list[dict], target: float, ceiling: list[float]) -> dict:
-    """Since which kept step, for good, what is said of the circuit as a whole."""
+    """Since which kept step, for good, what is said of the circuit as a whole; of `final_alone`
+    also at which one it was so first."""
     steps = [row["step"] for row in rows]
+    alone = [row["step"] for row in rows if row["final_alone"] <= target]
     overlaps = [row["overlap"]["edges"] if row["overlap"] else -1 for row in rows]
     return {
         "anneal_end": round(run.anneal_end * run.max_steps),
         "model_solves": since(steps, [row["whole"]["loss_calibrated"] <= target for row in rows]),
+        "final_alone_first": min(alone, default=None),
         "final_alone": since(steps, [row["final_alone"] <= target for row in rows]),
         "overlaps_as_controls": since(steps, [x >= min(ceiling, default=1.0) for x in overlaps]),
     }
@@ -214,7 +220,7 @@ def plot_circuits(content: dict, size, common) -> None:
         shares = [row["overlap"][part] for row in found]
         common.plot(steps, shares, "o-", markersize=3.5, label=f"{part}, Jaccard")
     held = [row["overlap"]["held"] for row in found]
-    common.plot(steps, held, "o-", markersize=3.5, label="its edges that are held")
+    common.plot(steps, held, "o-", markersize=3.5, label="final edges that it has")
     size.set_yscale("log")
     size.set_ylabel("circuit size")
     ceiling = [control["overlap"]["edges"] for control in content["controls"]]
@@ -253,6 +259,66 @@ def plot_raster(content: dict, axis):
 
 # --- in words ----------------------------------------------------------------------------------
 
+def at_step(content: dict, step: int | None) -> dict:
+    """The row of the kept step that is nearest; {} of None."""
+    if step is None:
+        return {}
+    return min(content["steps"], key=lambda row: abs(row["step"] - step))
+
+
+def of_circuit(row: dict, key: str) -> float | None:
+    """A number of the circuit of a step; None where it has none."""
+    if not row or row["circuit"] is None:
+        return None
+    return 100 * row["overlap"]["held"] if key == "held" else row["circuit"][key]
+
+
+def measures_of(content: dict) -> dict[str, float | None]:
+    """The numbers of the table over several runs, by the words that stand there."""
+    summary, edges, controls = content["summary"], content["edges"], content["controls"]
+    solved = at_step(content, summary["model_solves"])
+    thin = at_step(content, summary["anneal_end"])
+    cold = content["cold"]["overlap"]
+    found = {
+        "edges of the final circuit": len(edges),
+        "their overlap with those of other mask seeds, the least":
+            min([c["overlap"]["edges"] for c in controls], default=None),
+        "the whole model meets the target from step": summary["model_solves"],
+        "density then": solved.get("density"),
+        "edges of the circuit then": of_circuit(solved, "n_edges"),
+        "final edges that it has, %": of_circuit(solved, "held"),
+        "the last weights go at step": summary["anneal_end"],
+        "edges of the circuit then ": of_circuit(thin, "n_edges"),
+        "final edges that it has, % ": of_circuit(thin, "held"),
+        "the same, searched without a neighbour, %": 100 * cold["held"] if cold else None,
+        "a step's circuit overlaps as much as mask seeds' from step":
+            summary["overlaps_as_controls"],
+        "the final circuit alone first meets the target at step": summary["final_alone_first"],
+        "final edges that were zero at no kept step, %":
+            100 * sum(not row["zero_at"] for row in edges) / max(1, len(edges)),
+    }
+    for key, words in (("nonzero_since", "is not zero from step"),
+                       ("leading_since", "is among the largest, as many as are left, from step"),
+                       ("mattered_first", "first matters to the whole model at step")):
+        steps = [row[key] for row in edges if row[key] is not None]
+        found[f"the median final edge {words}"] = statistics.median(steps) if steps else None
+    return found
+
+
+def table_of(contents: list[dict]) -> str:
+    """A row for each of `measures_of`: the runs, then their median and range."""
+    names = [content["run"] for content in contents]
+    lines = [f"| | {' | '.join(names)} | median (range) |", "|---" * (len(names) + 2) + "|"]
+    for measure, *values in zip(measures_of(contents[0]), *(
+            measures_of(content).values() for content in contents)):
+        known = [value for value in values if value is not None]
+        form = ".2f" if known and max(known) <= 1 else ".0f"
+        shown = ["–" if value is None else f"{value:{form}}" for value in values]
+        lines.append(f"| {measure.strip()} | {' | '.join(shown)} | "
+                     f"{cell(known, form) if known else '–'} |")
+    return "\n".join(lines)
+
+
 def text_of(content: dict) -> str:
     """What was found, in few lines."""
     summary = content["summary"]
@@ -260,7 +326,8 @@ def text_of(content: dict) -> str:
     return (
         f"since which kept step, for good (the last weights go at {summary['anneal_end']}):\n"
         f"  the whole model meets {content['target_loss']} nats: {summary['model_solves']}\n"
-        f"  the final circuit alone does: {summary['final_alone']}\n"
+        f"  the final circuit alone does: {summary['final_alone']} "
+        f"(first at {summary['final_alone_first']})\n"
         f"  the step's circuit overlaps with it as controls do: {summary['overlaps_as_controls']}\n"
         f"of the final circuit's {len(content['edges'])} edges {never_zero} were zero at no kept "
         "step")

@@ -15,9 +15,11 @@ from torch import Tensor
 from circuit import (MAPS, Circuit, Nodes, alone, circuit_of, edges_of, graph_of, host,
                      stream_ends, without_edges)
 from masks import Gates
-from minimise import Search, minimise
+from minimise import (MANY_PARTS, WORTHWHILE, Search, leave_out, leave_out_by_gradient, minimise,
+                      total)
 from model import GPT
-from prune import SLACKS, PruneConfig, constants_of, find, rank, set_apart, smallest
+from prune import (SLACKS, WIDE, PruneConfig, constants_of, discretise, find, leading_gates, rank,
+                   set_apart)
 from tasks import (Pairs, Task, answer_ids, calibrate, calibrated, fitting_batches, load_model,
                    load_pairs, loss_of, margin_of, margins, unembed_last)
 from tools.planted import as_circuit, parts_found, quiet
@@ -28,6 +30,7 @@ Parts = tuple[set, set]  # nodes (site, channel), edges (site, channel, site, ch
 # closed that those which no pair asks for close within a few steps.
 WIDE_OPEN = 0.5
 AJAR = 0.1
+FEW_PARTS = 60  # nodes and edges: circuits of so many are certified to be minimal
 
 
 @dataclass
@@ -105,7 +108,7 @@ def searched(study: Study, model: GPT, constants: Nodes, neighbour: Parts) -> tu
 
     Where that one meets the target, and is missed as much as was asked, in this step's model, it is
     taken, less what it does not need here: what differs between two steps differs for a reason.
-    Else masks are learnt for few steps, from its nodes; then as prune.py makes a circuit of a
+    Else masks are learnt for few steps, from its nodes; then much as prune.py makes a circuit of a
     single start.
     """
     asked = study.pruning
@@ -115,16 +118,50 @@ def searched(study: Study, model: GPT, constants: Nodes, neighbour: Parts) -> tu
     aim = SLACKS[0] * study.target
     circuit = fitted(search, *neighbour)
     inherited = search.meets(circuit, study.target, necessity)
-    if inherited and asked.minimal:
-        circuit = minimise(search, circuit, max(aim, circuit.loss), quiet, necessity)
     if not inherited:
-        gates = Gates(inside, asked.tie_qk)
-        # all gates begin at noise * scale + bias, and here each has a bias of its own
-        bias = first_bias(gates, neighbour[0])
-        learning = replace(asked, steps=study.mask_steps, init_noise_bias=bias)
-        ranking = rank(inside, study.train, constants, gates, learning, quiet)
-        circuit = smallest(search, gates, ranking, aim, study.target, asked, quiet)
+        circuit = from_masks(study, search, constants, neighbour[0], aim, necessity)
+    if asked.minimal and search.meets(circuit, study.target, necessity):
+        circuit = made_small(search, circuit, max(aim, circuit.loss), necessity)
     return replace(circuit, standalone=asked.standalone), inherited
+
+
+def from_masks(study: Study, search: Search, constants: Nodes, nodes: set, aim: float,
+               necessity: float) -> Circuit:
+    """The circuit of masks that begin wide open at `nodes`: to be made small, with room for it, or
+    the fewest gates that do."""
+    asked = study.pruning
+    gates = Gates(search.model, asked.tie_qk)
+    # all gates begin at noise * scale + bias, and here each has a bias of its own
+    learning = replace(asked, steps=study.mask_steps, init_noise_bias=first_bias(gates, nodes))
+    ranking = rank(search.model, study.train, constants, gates, learning, quiet)
+    for times in WIDE if asked.minimal else ():
+        circuit = leading_gates(search, gates, ranking, times * ranking.n_open)
+        if search.meets(circuit, aim, necessity):
+            return circuit
+    circuit = discretise(search, gates, ranking, aim, necessity)
+    if not circuit.loss <= aim:  # nor do all nodes
+        circuit = discretise(search, gates, ranking, study.target, necessity)
+    return circuit
+
+
+def made_small(search: Search, circuit: Circuit, aim: float, necessity: float) -> Circuit:
+    """`minimise`, but where more than a few parts are left, without the passes in which each is
+    tried in vain: they take most of the time, and leave out one in fifty."""
+    while total(circuit) > MANY_PARTS:
+        before = total(circuit)
+        circuit = leave_out_by_gradient(search, circuit, aim, necessity)
+        if total(circuit) > WORTHWHILE * before:
+            break
+    if total(circuit) > FEW_PARTS:
+        rough = Search(search.model, search.constants, search.quarter, search.tie_qk)
+        for s in (search, rough):
+            s.fit(circuit.mask, circuit.edges)
+            s.accept()
+        leave_out(search, rough, aim, quiet, necessity)
+        circuit = search.accepted
+    if total(circuit) <= FEW_PARTS:
+        circuit = minimise(search, circuit, aim, quiet, necessity)
+    return circuit
 
 
 def fitted(search: Search, nodes: set, edges: set) -> Circuit:
