@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from circuit import Circuit, all_edges, write_circuit
-from config import to_toml
+from config import parse, to_toml
 from masks import Gates, first_taus
 from model import GPT
 from prune import PruneConfig
@@ -146,6 +146,7 @@ def test_the_steps_of_a_run_made_by_hand(whole):
         assert rows[step]["final_alone"] < 0.4 < math.log(2) < rows[step]["without_final"]
         assert rows[step]["circuit"]["loss_heldout"] == pytest.approx(rows[step]["final_alone"], abs=0.01)
         assert rows[step]["circuit"]["certified"] and rows[step]["circuit"]["unembedding"] == [[2, "2", 3, 0.8], [3, "3", 3, -0.8]]
+    assert [rows[step]["inherited"] for step in STEPS] == [False, False, True, False]
     assert [edge[4] for edge in rows[30]["circuit"]["edges"]] == [pytest.approx(0.4), 1.5]  # weights of that step
     assert rows[40]["circuit"]["edges"] == TOY_EDGES
     assert rows[30]["changes"] is None
@@ -240,6 +241,42 @@ def test_masks_begin_wide_open_at_the_nodes_of_the_neighbour(tie_qk):
         for channel, value in enumerate(values.tolist()):
             expected = formation_steps.WIDE_OPEN if (site, channel) in wide else formation_steps.AJAR
             assert value == pytest.approx(expected)
+
+
+@pytest.fixture
+def study(toy):
+    """What steps share, of the run made by hand."""
+    cfg = parse(formation.FormationConfig, command(toy))
+    return formation.study_of(cfg, formation.read_run(str(toy))[2], formation.final_circuit(cfg))
+
+
+def found_at(study, step: int, nodes: dict, edges: list) -> tuple:
+    """Nodes and edges of a step's circuit, whether it is certified, and whether it is the neighbour's."""
+    neighbour = formation_steps.parts_in({"nodes": nodes, "edges": edges})
+    model, constants = study.load(step)
+    circuit, inherited = formation_steps.searched(study, model, constants, neighbour)
+    assert circuit.loss <= study.target
+    return *formation_steps.parts_found(model, circuit), circuit.certificate is not None, inherited
+
+
+def test_a_step_keeps_the_circuit_of_its_neighbour_less_what_it_does_not_need(study):
+    nodes, edges = formation_steps.parts_in({"nodes": CIRCUIT, "edges": TOY_EDGES})
+    assert found_at(study, 30, CIRCUIT, TOY_EDGES) == (nodes, edges, True, True)
+    # a path that means nothing, and an edge that the step's model lacks
+    wide = {"0.attn.act_in": [0, 1], "0.attn.v": [0, 1], "0.attn.resid_delta": [1, 3]}
+    more = [*TOY_EDGES, ["0.attn.act_in", 1, "0.attn.v", 0, 0.5], ["0.attn.v", 0, "0.attn.resid_delta", 1, 0.5],
+            ["0.attn.act_in", 0, "0.attn.v", 0, 9.0]]
+    assert found_at(study, 30, wide, more) == (nodes, edges, True, True)
+
+
+def test_a_step_whose_neighbour_does_not_do_learns_masks(study, monkeypatch):
+    nodes, edges = formation_steps.parts_in({"nodes": CIRCUIT, "edges": TOY_EDGES})
+    half = {"0.attn.act_in": [0], "0.attn.v": [1]}
+    assert found_at(study, 30, half, TOY_EDGES[:1]) == (nodes, edges, True, False)
+    monkeypatch.setattr(formation_steps, "FEW_PARTS", 0)  # as of a large circuit: without the last passes
+    assert found_at(study, 30, half, TOY_EDGES[:1])[2:] == (False, False)
+    study.pruning.minimal = False
+    assert found_at(study, 30, half, TOY_EDGES[:1])[2:] == (False, False)
 
 
 def test_the_walk_goes_backward_and_hands_on_the_nodes_it_found(toy, monkeypatch):
@@ -416,6 +453,42 @@ def test_a_step_that_is_damaged_is_one_line(toy, capsys):
     assert not (toy / "toy" / "formation" / "formation.json").exists()
 
 
+def test_several_runs_end_in_a_table_and_are_all_looked_at_first(toy, tmp_path, monkeypatch, capsys):
+    calls = fakes(monkeypatch)
+    other = made_run(tmp_path / "other")
+    assert formation.main(command(toy, f"--run={toy},{other}")) == 0
+    *_, table = capsys.readouterr().out.split("\n\n")
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", table, re.M))
+    assert rows["the whole model meets the target from step"] == "10 | 10 | 10"
+    assert rows["the last weights go at step"] == "20 | 20 | 20" and rows["edges of the final circuit"] == "2 | 2 | 2"
+    assert rows["their overlap with those of other mask seeds, the least"] == "0.50 | 0.50 | 0.50"
+    assert rows["the final circuit alone first meets the target at step"] == "– | – | –"
+    assert rows["the same, searched without a neighbour, %"] == "50 | 50 | 50"
+    assert (other / "toy" / "formation" / "formation.html").exists()
+
+    (other / "log.jsonl").unlink()
+    (toy / "toy" / "formation" / "formation.json").unlink()
+    done = len(calls)
+    refused(capsys, toy, "no log.jsonl", f"--run={toy},{other}")
+    refused(capsys, toy, "out_dir", f"--run={toy},{toy}", f"--out_dir={tmp_path / 'out'}")
+    assert len(calls) == done
+
+
+def test_the_table_has_medians_and_ranges():
+    contents = [formed(5), formed(5), formed(5)]
+    for k, content in enumerate(contents):
+        content |= {"run": f"run{k}", "cold": {"overlap": {"held": 0.25 * k} if k else None}}
+        content["summary"] = {**content["summary"], "model_solves": 200 + 100 * k}
+    table = formation_result.table_of(contents).splitlines()
+    assert table[0] == "| | run0 | run1 | run2 | median (range) |" and table[1] == "|---|---|---|---|---|"
+    assert "| the whole model meets the target from step | 200 | 300 | 400 | 300 (200 to 400) |" in table
+    assert "| the same, searched without a neighbour, % | – | 25 | 50 | 38 (25 to 50) |" in table
+    assert "| density then | 0.01 | 0.00 | 0.00 | 0.00 (0.00 to 0.01) |" in table
+    assert "| final edges that it has, % | 25 | 50 | 75 | 50 (25 to 75) |" in table
+    zero = 100 * (len(contents[0]["edges"]) - 1) / len(contents[0]["edges"])
+    assert f"| final edges that were zero at no kept step, % | {zero:.0f} | {zero:.0f} | {zero:.0f} | {zero:.0f} |" in table
+
+
 def test_without_a_circuit_the_model_is_pruned_first(toy, monkeypatch):
     fakes(monkeypatch)
     circuit = toy / "toy" / "circuit.json"
@@ -513,8 +586,11 @@ const classes = () => Object.fromEntries(['here', 'later', 'off'].map(cls => [cl
 const places = () => Object.fromEntries(all('.node rect').map(r => [r.parentNode.dataset.id, r.getAttribute('x') + ' ' + r.getAttribute('y')]));
 const state = () => ({...classes(), hash: location.hash, step: text('step'), said: slider.getAttribute('aria-valuetext'), why: text('why'),
   edges: all('path.edge.here').length, ghosts: all('path.edge.later').length, zero: all('path.edge.zero').length,
-  widths: all('path.edge.here').map(p => +p.getAttribute('stroke-width')), tiles: text('tiles'), fresh: ids('.node.fresh').sort(), places: places(), line: all('.plot .now')[0].getAttribute('transform'),
+  widths: all('path.edge.here').map(p => +p.getAttribute('stroke-width')), tiles: text('tiles'),
+  fresh: ids('.node.fresh').sort(), places: places(), line: all('.plot .now')[0].getAttribute('transform'),
   column: document.getElementById('column').getAttribute('x'), stops: all('.node[tabindex="0"]').length});
+document.getElementById('lasting').checked = true;
+document.getElementById('lasting').click();
 seen.first = state();
 seen.steps = [0, 1, 2, 3, 4].map(k => {
   slider.value = k;
