@@ -331,10 +331,13 @@ def bridge_text(measured: dict) -> str:
 
 def add_moments(sums: Tensor, net: Coupled, idx: Tensor) -> None:
     """Add tokens idx (B, T) to the sums (n_sites, w, w), double, of z' z at each site: z is a one,
-    the dense stream and the sparse one side by side, w = 1 + d_dense + d_sparse."""
+    the dense stream and the sparse one side by side, w = 1 + d_dense + d_sparse. Only what is on
+    the diagonal and above it counts."""
     for total, d, s in zip(sums, streams(net.dense, idx), streams(net.sparse, idx)):
         z = torch.cat([torch.ones_like(d[..., :1]), d, s], -1).flatten(0, 1).double()
-        total.addmm_(z.T, z)
+        for i in range(0, z.shape[-1], 512):  # most of what is below is not computed
+            block = slice(i, i + 512)
+            total[block, i:].addmm_(z[:, block].T, z[:, i:])
 
 
 @torch.no_grad()
@@ -352,9 +355,10 @@ def gather(net: Coupled, run: Run) -> Tensor:
     shape = (2, len(net.bridges.encoders), width, width)
     sums = torch.zeros(shape, dtype=torch.double, device=run.device)
 
-    batches = []  # few windows at a time: the streams at all sites are held
+    rows = max(1, 2048 // T)  # few tokens at a time: the streams at all sites are held
+    batches = []
     for part, chosen in zip(sums, (starts[~held_out], starts[held_out])):
-        batches += [(part, chosen[i : i + 16]) for i in range(0, len(chosen), 16)]
+        batches += [(part, chosen[i : i + rows]) for i in range(0, len(chosen), rows)]
     began = time.monotonic()
     for done, (part, chosen) in enumerate(batches, 1):
         idx, _ = inputs_and_targets(run.train, chosen, T, run.device)
@@ -372,7 +376,7 @@ def gather(net: Coupled, run: Run) -> Tensor:
 def about(sums: Tensor, mean: Tensor) -> Tensor:
     """One site's `add_moments` (w, w) -> the mean products (w - 1, w - 1) of what the channels of
     both streams are beyond `mean` (w - 1,)."""
-    moments = sums / sums[0, 0]  # of the ones: the number of tokens
+    moments = (sums.triu() + sums.triu(1).T) / sums[0, 0]  # the number of tokens
     own = moments[0, 1:]
     return moments[1:, 1:] - torch.outer(own, mean) - torch.outer(mean, own - mean)
 

@@ -100,6 +100,17 @@ def test_moments_of_parts_add_up_to_those_of_all_and_are_double(seed):
         assert torch.allclose(moments, other.T @ other / len(z), atol=1e-10)
 
 
+def test_moments_of_wide_streams_are_whole(seed):
+    net = net_of(random_model(n_layer=1, d_model=700), random_model(n_layer=1))
+    x = torch.randint(10, (2, T))
+    sums = torch.zeros(3, 707, 707, dtype=torch.double)
+    add_moments(sums, net, x)
+    mean = torch.randn(706).double()
+    for i, (d, s) in enumerate(zip(streams(net.dense, x), streams(net.sparse, x))):
+        z = torch.cat([d, s], -1).flatten(0, 1).double() - mean
+        assert torch.allclose(about(sums[i], mean), z.T @ z / len(z), atol=1e-8)
+
+
 def test_the_ridge_is_the_one_that_errs_least_on_rows_that_it_has_not_seen(seed):
     true = torch.randn(4, 12).double()
     scale = torch.logspace(0, -2, 12).double()
