@@ -416,7 +416,7 @@ KINDS = {
 }
 
 
-DOCS = ["README.md", "docs/programs.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
+DOCS = ["README.md", "docs/formation.md", "docs/programs.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
 
 
 @pytest.mark.parametrize("page", DOCS)
