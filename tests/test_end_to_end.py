@@ -427,6 +427,8 @@ def test_commands_in_the_docs_name_files_and_options_that_exist(page):
     assert commands
     for script, rest in commands:
         options = shlex.split(rest, comments=True)
+        if script.startswith("out/"):
+            continue  # a program that an earlier command of the page writes: a clone has none
         if script.startswith("-m "):
             script = script.removeprefix("-m ").replace(".", "/") + ".py"
         assert (ROOT / script).is_file(), script
