@@ -88,7 +88,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def command(folder: Path, *args: str) -> list[str]:
-    return [f"--run={folder}", "--task=toy", f"--data={folder}", "--jobs=1", "--fit_pairs=24", "--mask_steps=60", "--controls=1", *args]
+    return [f"--run={folder}", "--task=toy", f"--data={folder}", "--jobs=1", "--search_pairs=12", "--mask_steps=60", "--controls=1", *args]
 
 
 def measured(folder: Path, *args: str) -> dict:

@@ -13,7 +13,7 @@ In RUN/TASK/formation/, of each step that the run kept and of its end:
 
 The final circuit is RUN/TASK/circuit.json; where there is none, the model is pruned first. From it
 the walk goes backward: a step has the circuit of the step after it, less what it does not need, as
-long as that does the task; else masks are learnt, for few steps, with its gates wide open and the
+long as that does the task; else masks are learnt, which begin with its gates wide open and the
 others ajar. A step whose whole model misses the target has no circuit. A control, the final model
 pruned with other mask seeds, says how much two circuits of one model overlap; another, one step
 searched without a neighbour, what that start does. What is finished lies in parts/ and is not done
@@ -56,8 +56,8 @@ class FormationConfig:
     # what is asked of the final circuit where RUN/TASK/circuit.json is still to be made
     target_loss: float = bounded(0.15, above=0)
     necessity: float = bounded(0.55, at_least=0)
-    mask_steps: int = bounded(200, at_least=1)  # where a kept step needs another circuit
-    fit_pairs: int = bounded(128, at_least=1)   # that circuits of kept steps are searched for on
+    mask_steps: int = bounded(300, at_least=1)  # where a kept step needs another circuit
+    search_pairs: int = bounded(128, at_least=1)  # that its circuit is first searched for on
     cut_pairs: int = bounded(256, at_least=1)   # held-out pairs on which single edges are cut
     matters: float = bounded(0.01, above=0)     # nats that cutting an edge must cost to count
     controls: int = bounded(2, at_least=0)      # other mask seeds on the final model
@@ -138,9 +138,9 @@ def study_of(cfg: FormationConfig, folders: dict[int, str], final: dict) -> Stud
     heldout = load_pairs(task, tokenizer, asked.heldout_pairs, "heldout", T, asked.seed)
     return Study(
         folders=folders, task=task, tokenizer=tokenizer, tokenizer_path=cfg.tokenizer,
-        pruning=asked, mask_steps=cfg.mask_steps, train=train, fit=train.first(cfg.fit_pairs),
-        heldout=heldout, cut=heldout.first(cfg.cut_pairs), final=final, nodes=nodes,
-        edges=sorted(edges))
+        pruning=asked, mask_steps=cfg.mask_steps, train=train, fit=train.first(asked.fit_pairs),
+        few=train.first(min(cfg.search_pairs, asked.fit_pairs)), heldout=heldout,
+        cut=heldout.first(cfg.cut_pairs), final=final, nodes=nodes, edges=sorted(edges))
 
 
 def folder_of(cfg: FormationConfig) -> str:
@@ -157,7 +157,7 @@ class Kept:
         self.folder = os.path.join(folder_of(cfg), "parts")
         os.makedirs(self.folder, exist_ok=True)
         self.made_of = {
-            "format": FORMAT, "asked": asdict(study.pruning), "fit_pairs": cfg.fit_pairs,
+            "format": FORMAT, "asked": asdict(study.pruning),
             "final": [sorted(study.nodes), study.edges]}
 
     def get(self, name: str, source: dict, make: Callable[[], dict]) -> dict:
@@ -176,13 +176,18 @@ class Kept:
         return json.loads(text)["found"]
 
 
-def circuits_of(study: Study, kept: Kept) -> dict[int, dict]:
+def searched_by(cfg: FormationConfig) -> dict:
+    """The settings that decide about the circuits of kept steps, and nothing else."""
+    return {"mask_steps": cfg.mask_steps, "search_pairs": cfg.search_pairs}
+
+
+def circuits_of(study: Study, kept: Kept, cfg: FormationConfig) -> dict[int, dict]:
     """`circuit_at` of every step, from the last one backward."""
     neighbour = study.nodes, set(study.edges)
     found = {}
     clock = time.monotonic()
     for step, folder in reversed(study.folders.items()):
-        source = {"sha256": weights_hash(folder), "mask_steps": study.mask_steps,
+        source = {"sha256": weights_hash(folder), **searched_by(cfg),
                   "neighbour": list(map(sorted, neighbour))}
         make = partial(circuit_at, study, step, neighbour)
         at = kept.get(f"circuit_{step:06d}", source, make)
@@ -227,7 +232,7 @@ def cold_start(study: Study, kept: Kept, cfg: FormationConfig) -> tuple[int, dic
     run, _, _ = read_run(cfg.run)
     kept_steps = sorted(study.folders)[:-1]
     step = min(kept_steps, key=lambda step: abs(step - run.anneal_end * run.max_steps))
-    source = {"sha256": weights_hash(study.folders[step]), "mask_steps": study.mask_steps}
+    source = {"sha256": weights_hash(study.folders[step]), **searched_by(cfg)}
     at = kept.get(f"cold_{step:06d}", source, partial(circuit_at, study, step, (set(), set())))
     found = at["why"] or f"{at['circuit']['n_nodes']} nodes, {at['circuit']['n_edges']} edges"
     print(f"  step {step} without a neighbour: {found}", flush=True)
@@ -245,7 +250,7 @@ def work(cfg: FormationConfig, folders: dict[int, str], final: dict, what: str) 
     study = study_of(cfg, folders, final)
     kept = Kept(cfg, study)
     if what == "circuits":
-        return circuits_of(study, kept)
+        return circuits_of(study, kept, cfg)
     return {"traced": edges_of_final(study, kept),
             "controlled": controls_of(study, kept, cfg.controls),
             "cold": cold_start(study, kept, cfg)}

@@ -18,8 +18,8 @@ from masks import Gates
 from minimise import (MANY_PARTS, WORTHWHILE, Search, leave_out, leave_out_by_gradient, minimise,
                       total)
 from model import GPT
-from prune import (SLACKS, WIDE, PruneConfig, constants_of, discretise, find, leading_gates, rank,
-                   set_apart)
+from prune import (SLACKS, WIDE, PruneConfig, Ranking, constants_of, discretise, find,
+                   leading_gates, rank, set_apart)
 from tasks import (Pairs, Task, answer_ids, calibrate, calibrated, fitting_batches, load_model,
                    load_pairs, loss_of, margin_of, margins, unembed_last)
 from tools.planted import as_circuit, parts_found, quiet
@@ -43,7 +43,8 @@ class Study:
     pruning: PruneConfig     # what was asked of the final circuit
     mask_steps: int          # of the other steps
     train: Pairs             # masks are learnt on these
-    fit: Pairs               # circuits are searched for and calibrated on these
+    fit: Pairs               # the first of those, as many as the final circuit was fitted to
+    few: Pairs               # fewer: circuits of masks are searched for on these
     heldout: Pairs           # every loss is of these
     cut: Pairs               # the cost of single edges is of these, held out as well
     final: dict              # circuit.json
@@ -108,7 +109,7 @@ def searched(study: Study, model: GPT, constants: Nodes, neighbour: Parts) -> tu
 
     Where that one meets the target, and is missed as much as was asked, in this step's model, it is
     taken, less what it does not need here: what differs between two steps differs for a reason.
-    Else masks are learnt for few steps, from its nodes; then much as prune.py makes a circuit of a
+    Else masks are learnt, from its nodes, and made into a circuit much as prune.py does it of a
     single start.
     """
     asked = study.pruning
@@ -118,35 +119,48 @@ def searched(study: Study, model: GPT, constants: Nodes, neighbour: Parts) -> tu
     aim = SLACKS[0] * study.target
     circuit = fitted(search, *neighbour)
     inherited = search.meets(circuit, study.target, necessity)
-    if not inherited:
-        circuit = from_masks(study, search, constants, neighbour[0], aim, necessity)
-    if asked.minimal and search.meets(circuit, study.target, necessity):
-        circuit = made_small(search, circuit, max(aim, circuit.loss), necessity)
-    return replace(circuit, standalone=asked.standalone), inherited
+    if inherited:
+        circuit = made_small(search, circuit, max(aim, circuit.loss), asked)
+        return replace(circuit, standalone=asked.standalone), True
 
-
-def from_masks(study: Study, search: Search, constants: Nodes, nodes: set, aim: float,
-               necessity: float) -> Circuit:
-    """The circuit of masks that begin wide open at `nodes`: to be made small, with room for it, or
-    the fewest gates that do."""
-    asked = study.pruning
-    gates = Gates(search.model, asked.tie_qk)
+    gates = Gates(inside, asked.tie_qk)
     # all gates begin at noise * scale + bias, and here each has a bias of its own
-    learning = replace(asked, steps=study.mask_steps, init_noise_bias=first_bias(gates, nodes))
-    ranking = rank(search.model, study.train, constants, gates, learning, quiet)
+    bias = first_bias(gates, neighbour[0])
+    learning = replace(asked, steps=study.mask_steps, init_noise_bias=bias)
+    ranking = rank(inside, study.train, constants, gates, learning, quiet)
+    for pairs in (study.few, study.fit):  # on all of them only where a few mislead
+        searching = Search(inside, constants, pairs, asked.tie_qk, whole=model)
+        circuit = leading(searching, gates, ranking, aim, study.target, asked)
+        if searching.meets(circuit, study.target, necessity):
+            circuit = made_small(searching, circuit, max(aim, circuit.loss), asked)
+        certificate = circuit.certificate
+        circuit = search.fit(circuit.mask, circuit.edges)
+        if search.meets(circuit, study.target, necessity):
+            break
+    return replace(circuit, certificate=certificate, standalone=asked.standalone), False
+
+
+def leading(search: Search, gates: Gates, ranking: Ranking, aim: float, target: float,
+            asked: PruneConfig) -> Circuit:
+    """The circuit of a ranking's leading gates: with room to be made small, or the fewest that do;
+    at most `aim` nats, or `target` where it cannot be less."""
+    necessity = asked.necessity if asked.minimal else 0.0
     for times in WIDE if asked.minimal else ():
         circuit = leading_gates(search, gates, ranking, times * ranking.n_open)
         if search.meets(circuit, aim, necessity):
             return circuit
     circuit = discretise(search, gates, ranking, aim, necessity)
     if not circuit.loss <= aim:  # nor do all nodes
-        circuit = discretise(search, gates, ranking, study.target, necessity)
+        circuit = discretise(search, gates, ranking, target, necessity)
     return circuit
 
 
-def made_small(search: Search, circuit: Circuit, aim: float, necessity: float) -> Circuit:
-    """`minimise`, but where more than a few parts are left, without the passes in which each is
-    tried in vain: they take most of the time, and leave out one in fifty."""
+def made_small(search: Search, circuit: Circuit, aim: float, asked: PruneConfig) -> Circuit:
+    """`minimise`, where that was asked for; but of more than a few parts without the passes in
+    which each is tried in vain: they take most of the time, and leave out one in fifty."""
+    if not asked.minimal:
+        return circuit
+    necessity = asked.necessity
     while total(circuit) > MANY_PARTS:
         before = total(circuit)
         circuit = leave_out_by_gradient(search, circuit, aim, necessity)
