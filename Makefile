@@ -13,7 +13,7 @@ STEERED := single_double_quote while_return_true
 # at 0.15 this circuit can leave out what marks a return
 TARGET_while_return_true := 0.05
 
-.PHONY: demo bridge bench test clean
+.PHONY: demo bridge bench test half-1 half-2 clean
 .PRECIOUS: $(BRIDGE)/%/circuit.json
 
 demo: $(OUT)/$(TASK)/circuit.json
@@ -26,8 +26,13 @@ demo: $(OUT)/$(TASK)/circuit.json
 bench: $(DATA)/meta.json
 	$(PY) -m tools.bench --config=configs/demo.toml
 
+# two processes, which take the files of tests in turn; their dots mix
 test: .venv/ready
-	$(PY) -m pytest -q tests
+	@share=$$(mktemp -d) && trap 'rm -r $$share' EXIT && \
+	$(MAKE) --no-print-directory -k -j2 SHARE=$$share half-1 half-2
+
+half-1 half-2:
+	@$(PY) -m pytest -q -o console_output_style=classic --share=$(SHARE) tests
 
 .venv/ready: requirements.txt
 	@echo "== set-up: .venv and requirements.txt (a few minutes, once)"

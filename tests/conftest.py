@@ -9,6 +9,33 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--share", metavar="DIR", type=Path,
+                     help="run only those files of tests that no other pytest with this DIR has begun")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Two processes of `make test` take the files of tests in turn, as each has time."""
+    share = item.config.getoption("--share")
+    if share is None or mine(item.path.name, share):
+        return None  # the others' turn to say how it is run
+    return True  # it has been
+
+
+_begun = {}  # file of tests -> whether this process was the first to begin it
+
+
+def mine(name: str, share: Path) -> bool:
+    if name not in _begun:
+        try:
+            (share / name).touch(exist_ok=False)
+            _begun[name] = True
+        except FileExistsError:
+            _begun[name] = False
+    return _begun[name]
+
+
 @pytest.fixture
 def seed() -> int:
     """Seeds torch afresh; pytest prints the seed of a test that fails, and `SEED=n pytest` repeats it."""
