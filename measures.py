@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from circuit import (FINAL, Circuit, Nodes, ablate, alone, held_at, host, inverse, twin, where_held,
+from ablations import Stiff, donated, exchange, half_awake
+from circuit import (FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held,
                      without_edges)
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
 from minimise import Search, parts_of
-from model import GPT, record
+from model import GPT
 from prune import PruneConfig
 from tasks import (Pairs, Task, calibrate, calibrated, fitting_batches, last_logits, load_pairs,
-                   loss_of, margin_of, margins, rows_at_once, unembed_last)
+                   loss_of, margin_of, margins, rows_at_once)
 from tokens import random_windows
 
 POSITIONS = 4096  # pretraining positions that resampled values come from
@@ -195,34 +195,12 @@ def over_draws(case: Case, run: Callable[[Pairs], Tensor]) -> tuple[float, float
 def resampled_in_task(case: Case, generator: torch.Generator, pairs: Pairs) -> Tensor:
     """Margins (2n,) where in each prompt all pruned nodes take their values in one other prompt of
     the task, token by token."""
-    lengths = case.train.last + 1
     mask = case.circuit.mask
-
-    def other(site: str, x: Tensor) -> Tensor:
-        donated = seen[held_at(site)].gather(1, position.expand(-1, -1, x.shape[-1]))
-        return torch.where(mask[site], x, donated)
-
-    nodes = where_held(mask, other)
     out = []
     for part in fitting_batches(case.model, pairs):
-        donors = [donor_of(int(n), lengths, generator) for n in part.last + 1]
-        donors = torch.tensor(donors, device=part.ids.device)
-        seen = {}
-        case.model.run(case.model.embed(case.train.ids[donors]), nodes=record(seen))
-        # the last token of a prompt stands against the last one of its donor
-        ahead = (lengths[donors] - 1 - part.last).unsqueeze(1)
-        position = torch.arange(part.ids.shape[1], device=part.ids.device) + ahead
-        position = position.clamp(0, case.train.ids.shape[1] - 1).unsqueeze(-1)
-        out.append(margin_of(last_logits(case.reduced, part, nodes), part))
+        values = donated(case.model, part, case.train, mask, generator)
+        out.append(margin_of(last_logits(case.reduced, part, exchange(mask, values)), part))
     return torch.cat(out)
-
-
-def donor_of(n: int, lengths: Tensor, generator: torch.Generator) -> int:
-    """A random one of the prompts of n tokens; else of as few more as there are, or of the most."""
-    longer_or_equal = lengths[lengths >= n]
-    nearest = longer_or_equal.min() if len(longer_or_equal) else lengths.max()
-    rows = (lengths == nearest).nonzero().flatten()
-    return int(rows[torch.randint(len(rows), (1,), generator=generator)])
 
 
 def resample_task(case: Case) -> dict:
@@ -236,15 +214,8 @@ def resample_task(case: Case) -> dict:
 def halves(case: Case) -> Iterator[Circuit]:
     """Circuits made of this one and a random half of all nodes and edges outside it."""
     generator = case.generator()
-
-    def with_half(kept: Tensor) -> Tensor:
-        woken = torch.rand(kept.shape, generator=generator) < 0.5
-        return kept | woken.to(kept.device)
-
     for _ in range(SUBSETS):
-        mask = {site: with_half(m) for site, m in case.circuit.mask.items()}
-        edges = {ends: with_half(kept) for ends, kept in case.circuit.edges.items()}
-        yield replace(case.circuit, mask=mask, edges=edges)
+        yield half_awake(case.circuit, generator)
 
 
 def complement(case: Case) -> dict:
@@ -257,50 +228,12 @@ def complement(case: Case) -> dict:
     return {"complement_random": sum(losses) / len(losses), "complement_worst": max(losses)}
 
 
-class FrozenNorm(nn.Module):
-    """An RMSNorm that is told 1/rms of each position, (B, T, 1)."""
-
-    def __init__(self, norm: nn.RMSNorm):
-        super().__init__()
-        self.weight = norm.weight
-        self.eps = norm.eps
-        self.scale = None
-
-    def tell(self, h: Tensor) -> None:
-        eps = torch.finfo(h.dtype).eps if self.eps is None else self.eps  # PyTorch's own default
-        self.scale = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h * self.scale * self.weight
-
-
 @torch.no_grad()
 def frozen(case: Case, pairs: Pairs) -> Tensor:
     """Margins (2n,) of the circuit where each norm divides by what it divides by in the model."""
-    stiff = twin(case.reduced)
-    told = {}  # site of the stream before a norm -> that norm
-    for i, block in enumerate(stiff.transformer.h):
-        block.ln_1 = FrozenNorm(block.ln_1)
-        block.ln_2 = FrozenNorm(block.ln_2)
-        told[f"{i}.resid_in"] = block.ln_1
-        told[f"{i}.resid_mid"] = block.ln_2
-    last = FrozenNorm(stiff.transformer.ln_f)
-    stiff.transformer.ln_f = last
-
-    def tell(site: str, x: Tensor) -> Tensor:
-        if site in told:
-            told[site].tell(x)
-        return x
-
-    out = []
-    for part in fitting_batches(case.model, pairs):
-        h = case.model.run(case.model.embed(part.ids), nodes=tell)
-        # the last norm sees the last token alone: nothing else is unembedded
-        rows = torch.arange(len(h), device=h.device)
-        last.tell(h[rows, part.last].unsqueeze(1))
-        h = stiff.run(stiff.embed(part.ids), nodes=case.nodes)
-        out.append(margin_of(unembed_last(stiff, h, part), part))
-    return torch.cat(out)
+    stiff = Stiff(case.model, case.reduced)
+    parts = fitting_batches(case.model, pairs)
+    return torch.cat([margin_of(stiff.logits(part, case.nodes), part) for part in parts])
 
 
 def frozen_norms(case: Case) -> dict:

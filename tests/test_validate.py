@@ -21,7 +21,8 @@ from prune import PruneConfig, node_means
 from tasks import TASKS, calibrate, load_pairs, margins
 from toy import (TOY, Digits, all_nodes, best_fit, hand_made, nats, one_thread, plain_margins, random_edges, random_model,  # noqa: F401
                  scaled, toy_circuit, toy_pairs, toy_setup, without_afrac)
-from measures import (Case, agreement, bank_of, complement, donor_of, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, necessity_refit, renamed,
+from ablations import donor_of
+from measures import (Case, agreement, bank_of, complement, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, necessity_refit, renamed,
                       resample, resample_task, resampled, resampled_in_task, standalone, sufficiency, zero_ablation)
 from validate import verdict
 
