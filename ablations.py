@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuit import Circuit, Edges, Nodes, ablate, alone, held_at, twin, where_held, without_edges
 from model import GPT, NodeFn, record
-from tasks import (Pairs, calibrate, calibrated, last_logits, loss_of, margin_of, margins,
+from tasks import (Pairs, calibrate, calibrated, last_logits, loss_of, margin_of,
                    unembed_last)
 
 VARIED = ("resample_task", "complement", "frozen_norms")
@@ -136,24 +136,28 @@ class Stiff:
 class Varied:
     """The ablations of VARIED that a model can have, of circuits of one task."""
 
-    def __init__(self, model: GPT, constants: Nodes, donors: Pairs):
-        """donors: prompts of the task, whose values are resampled."""
+    def __init__(self, model: GPT, whole: GPT, constants: Nodes, donors: Pairs):
+        """model: what circuits run in; whole: the model that they are of, which is another where
+        they stand alone. donors: prompts of the task, whose values are resampled."""
         self.model = model
+        self.whole = whole
         self.constants = constants
         self.donors = donors
-        self.kinds = VARIED if model.config.rms_norm else VARIED[:-1]
+        self.kinds = VARIED
+        if not model.config.rms_norm:  # a LayerNorm cannot be told
+            self.kinds = tuple(kind for kind in VARIED if kind != "frozen_norms")
 
-    def logits(self, kind: str, pairs: Pairs, gates: Nodes, generator: torch.Generator) -> Tensor:
+    def logits(self, kind: str, generator: torch.Generator, pairs: Pairs, gates: Nodes) -> Tensor:
         """The last tokens' logits, (2n, vocab), where `gates` hold the rest as `kind` says; with a
         gradient by the gates."""
         if kind == "resample_task":
-            values = donated(self.model, pairs, self.donors, gates, generator)
+            values = donated(self.whole, pairs, self.donors, gates, generator)
             return last_logits(self.model, pairs, exchange(gates, values))
-        if kind == "complement":
-            open_too = {site: awake(g > 0, generator) & ~(g > 0) for site, g in gates.items()}
-            gates = {site: g + (1 - g) * open_too[site] for site, g in gates.items()}
-            return last_logits(self.model, pairs, ablate(gates, self.constants))
-        return Stiff(self.model, self.model).logits(pairs, ablate(gates, self.constants))
+        if kind == "frozen_norms":
+            return Stiff(self.whole, self.model).logits(pairs, ablate(gates, self.constants))
+        gates = {site: torch.where(awake(g > 0, generator) & (g == 0), 1.0, g)
+                 for site, g in gates.items()}
+        return last_logits(self.model, pairs, ablate(gates, self.constants))
 
     @torch.no_grad()
     def worst(self, circuit: Circuit, pairs: Pairs) -> float:
@@ -161,11 +165,11 @@ class Varied:
         The same draws each time, so that two circuits can be compared."""
         generator = torch.Generator().manual_seed(0)
         reduced = without_edges(self.model, circuit, self.constants)
-        values = donated(self.model, pairs, self.donors, circuit.mask, generator)
+        values = donated(self.whole, pairs, self.donors, circuit.mask, generator)
         logits = [last_logits(reduced, pairs, exchange(circuit.mask, values))]
         if "frozen_norms" in self.kinds:
-            stiff = Stiff(self.model, reduced)
-            logits.append(stiff.logits(pairs, ablate(circuit.mask, self.constants)))
+            nodes = ablate(circuit.mask, self.constants)
+            logits.append(Stiff(self.whole, reduced).logits(pairs, nodes))
         losses = []
         for x in logits:
             margin = margin_of(x, pairs)

@@ -43,12 +43,15 @@ class Certificate:
     target: float     # nats that the loss would pass
     necessity: float  # nats that the model would then lose less than; 0 = not asked for
     before: tuple[int, int]  # nodes and edges when minimising began
+    varied: bool = False     # the loss was the highest under several ablations (ablations.py)
 
     @property
     def statement(self) -> str:
         """In words, for a reader who has not seen the code."""
         text = (f"Each of the {self.parts} nodes and edges was left out alone, with what then had "
                 f"no path: on {self.pairs} training pairs the loss passed {self.target:.3f} nats")
+        if self.varied:
+            text += ", at the means or under a varied ablation"
         if self.necessity:
             text += f", or the model lost less than {self.necessity} nats without the rest"
         return f"{text}. Groups of parts were not tried."

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ablations import Varied
 from circuit import Nodes, alone, host
 from masks import Gates
 from minimise import Search, reduce_to
@@ -251,11 +252,14 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
     fit = setting.train.first(settings.fit_pairs)
     model = host(setting.model, settings.standalone)
     gates = Gates(model, settings.tie_qk)
-    search = Search(model, setting.constants, fit, settings.tie_qk)
+    varied = None
+    if settings.varied:
+        varied = Varied(model, setting.model, setting.constants, setting.train)
+    search = Search(model, setting.constants, fit, settings.tie_qk, varied=varied)
     curve = []
     for times in MORE_STEPS:
         cfg = replace(settings, steps=settings.steps * times)
-        ranking = rank(model, setting.train, setting.constants, gates, cfg, quiet)
+        ranking = rank(model, setting.train, setting.constants, gates, cfg, quiet, varied)
         circuit = discretise(search, gates, ranking, SLACKS[0] * target)
         if not circuit.loss <= SLACKS[0] * target:
             circuit = discretise(search, gates, ranking, target)

@@ -9,7 +9,9 @@ prune.py makes circuits of these rankings.
 """
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import bounded
@@ -17,6 +19,7 @@ from config import bounded
 import torch
 from torch import Tensor
 
+from ablations import Varied
 from circuit import Nodes, ablate, drop_unconnected, run_to_last
 from model import GPT
 from tasks import Pairs, answer_ids, batches_of, task_loss
@@ -33,6 +36,7 @@ class MaskConfig:
     seed: int = bounded(0, at_least=0)
     target_loss: tuple = bounded((0.15,), above=0)  # nats; of several, one circuit each
     tie_qk: bool = False            # one gate for a query channel and the key channel that it meets
+    varied: bool = False            # the target holds under other ablations too (ablations.py)
     steps: int = bounded(300, at_least=1)
     batch_pairs: int = bounded(16, at_least=1)
     lr: float = bounded(0.01, above=0)
@@ -105,23 +109,29 @@ def lr_at(step: int, cfg: MaskConfig) -> float:
     return cfg.lr * ramp * (1 - step / cfg.steps)
 
 
+# Pairs and a gate per node and site -> the last tokens' logits, (2n, vocab).
+Run = Callable[[Pairs, Nodes], Tensor]
+
+
 def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: MaskConfig,
-                say=print) -> Tensor:
+                say=print, varied: Varied | None = None) -> Tensor:
     """Minimise task loss + k * open gates over tau (paper A.5). Returns tau, (n_parameters,), in
     [-1, 1].
 
     k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
     while the running mean of the loss is below 2/3 of the lowest target, and shrinks while above.
     Where a step closes a gate that the circuit cannot do without, it is taken back (`mend_`).
+    varied: the steps take its ablations and the mean in turn, and k follows the worst of them.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
+    runs = runs_of(model, constants, varied, generator)
     tau = first_taus(gates, cfg, generator).requires_grad_()
     optimizer = torch.optim.AdamW([tau], betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
 
     answers = answer_ids(pairs)
     target = min(cfg.target_loss)
     k = cfg.k_coef
-    mean = 0.0
+    means = {}  # ablation -> the running mean of its loss
     best = None  # the fewest gates that met the target: where learning ends with a broken circuit
     fewest = math.inf
     whole = None  # the last that nearly did the task
@@ -130,13 +140,14 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
         optimizer.param_groups[0]["lr"] = lr_at(step, cfg)
         drawn = torch.randint(len(pairs), (cfg.batch_pairs,), generator=generator)
         batch = pairs.take(drawn.to(pairs.ids.device))
-
         gate = _Heaviside.apply(tau, cfg.heaviside_temp)[gates.index]  # (n_nodes,)
         gate = close_astray(model, gate, gates, answers)
-        loss, grad = gate_gradient(model, batch, constants, gates, gate)
+        kind = list(runs)[step % len(runs)]
+        loss, grad = gate_gradient(runs[kind], batch, gates, gate)
         gate.backward(grad + k)
 
-        mean = 0.9 * mean + 0.1 * loss if step else loss
+        means[kind] = 0.9 * means.get(kind, loss) + 0.1 * loss
+        mean = max(means.values())
         # down faster than up: a broken circuit has little gradient by which it could mend
         k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / (2 / 3 * target))))
         if max(mean, loss) <= target and gate.sum() < fewest:
@@ -144,13 +155,12 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
             fewest = gate.sum()
 
         # only what did the task can break: what is still to be learnt is at a coin's loss for long
-        did = loss <= NEARLY * target
-        broken = loss > max(BROKEN, NEARLY * target)
+        broken = kind == "mean" and loss > max(BROKEN, NEARLY * target)
         if broken and whole is not None:
-            mend_(tau, whole, wanted_open(tau, model, batch, constants, gates), loss - target)
-            mean = target
+            mend_(tau, whole, wanted_open(tau, runs[kind], batch, gates), loss - target)
+            means[kind] = target
         else:
-            if did:
+            if kind == "mean" and loss <= NEARLY * target:
                 whole = tau.detach().clone()
             torch.nn.utils.clip_grad_norm_([tau], cfg.grad_clip)
             optimizer.step()
@@ -158,22 +168,41 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
         with torch.no_grad():
             tau.clamp_(-1, 1)
         if (step + 1) % 25 == 0:  # a line every few seconds
-            left = (time.monotonic() - clock) / (step + 1) * (cfg.steps - step - 1)
-            say(f"  masks {step + 1}/{cfg.steps}  task loss {loss:.3f}  open gates "
-                f"{int(gate.sum())}  {left:.0f} s left")
-    if best is None or not mean > target:
+            say(progress(step, cfg, loss, int(gate.sum()), clock))
+    if best is None or not max(means.values()) > target:
         best = tau.detach()
     return best
 
 
-def wanted_open(tau: Tensor, model: GPT, batch: Pairs, constants: Nodes, gates: Gates) -> Tensor:
+def progress(step: int, cfg: MaskConfig, loss: float, n_open: int, clock: float) -> str:
+    left = (time.monotonic() - clock) / (step + 1) * (cfg.steps - step - 1)
+    return (f"  masks {step + 1}/{cfg.steps}  task loss {loss:.3f}  open gates {n_open}  "
+            f"{left:.0f} s left")
+
+
+def runs_of(model: GPT, constants: Nodes, varied: Varied | None,
+            generator: torch.Generator) -> dict[str, Run]:
+    """What gates are learnt under, by turns."""
+    runs = {"mean": partial(run_at, model, constants)}
+    if varied is not None:
+        for kind in varied.kinds:
+            runs[kind] = partial(varied.logits, kind, generator)
+    return runs
+
+
+def run_at(model: GPT, constants: Nodes, pairs: Pairs, gates: Nodes) -> Tensor:
+    """The last tokens' logits, (2n, vocab), nodes held at constants as far as gates are shut."""
+    return run_to_last(model, pairs, ablate(gates, constants))
+
+
+def wanted_open(tau: Tensor, run: Run, batch: Pairs, gates: Gates) -> Tensor:
     """Nats by which opening each gate further would lower the loss, to first order; tau's shape.
 
     As the gates are, without `close_astray`: a path of which one gate has closed would be closed
     as a whole, and then none of its gates is wanted.
     """
     gate = (tau > 0).float()[gates.index]
-    return gates.together(-gate_gradient(model, batch, constants, gates, gate)[1])
+    return gates.together(-gate_gradient(run, batch, gates, gate)[1])
 
 
 @torch.no_grad()
@@ -204,16 +233,14 @@ def close_astray(model: GPT, gate: Tensor, gates: Gates, answers: list[int]) -> 
     return gate - astray
 
 
-def gate_gradient(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates,
-                  gate: Tensor) -> tuple[float, Tensor]:
-    """The task loss in nats and its gradient by each gate, both (n_nodes,)."""
+def gate_gradient(run: Run, pairs: Pairs, gates: Gates, gate: Tensor) -> tuple[float, Tensor]:
+    """The task loss in nats and its gradient by each gate, (n_nodes,)."""
     gate = gate.detach().requires_grad_()
     tokens = 2 * pairs.ids.shape[1]  # of a pair
     at_once = max(1, ACTIVATIONS[gate.device.type] // (tokens * len(gate)))
     total = 0.0
     for part in batches_of(pairs, at_once):
-        nodes = ablate(gates.split(gate), constants)
-        loss = task_loss(run_to_last(model, part, nodes), part) * (len(part) / len(pairs))
+        loss = task_loss(run(part, gates.split(gate)), part) * (len(part) / len(pairs))
         loss.backward()
         total = total + loss.detach()
     return total.item(), gate.grad
@@ -225,4 +252,5 @@ def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Ten
     between equal taus."""
     # where a gate is 1, the loss's derivative by it is gradient x (activation - constant)
     gate = torch.ones(len(gates.index), device=gates.index.device)
-    return gates.together(gate_gradient(model, pairs, constants, gates, gate)[1]).abs()
+    run = partial(run_at, model, constants)
+    return gates.together(gate_gradient(run, pairs, gates, gate)[1]).abs()

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ablations import Stiff, donated, exchange, half_awake
+from ablations import Stiff, Varied, donated, exchange, half_awake
 from circuit import (FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held,
                      without_edges)
 from data.tinypython import idioms
@@ -371,7 +371,11 @@ def idle(case: Case) -> dict:
     """
     settings = case.settings
     model = host(case.model, case.circuit.standalone)
-    search = Search(model, case.constants, case.fit, settings.tie_qk, whole=case.model)
+    varied = None
+    if settings.varied:
+        varied = Varied(model, case.model, case.constants, case.train)
+    search = Search(model, case.constants, case.fit, settings.tie_qk, whole=case.model,
+                    varied=varied)
     limit = settings.target_loss[0] if case.limit is None else case.limit
     parts = parts_of(case.circuit, settings.tie_qk)
     n = 0

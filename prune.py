@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ablations import Varied
 from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, host, read_circuit,
                      where_held, write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
@@ -120,13 +121,13 @@ class Ranking:
 
 
 def rank(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: PruneConfig,
-         say=print) -> Ranking:
+         say=print, varied: Varied | None = None) -> Ranking:
     """Learn masks on `pairs`, or take the attribution alone, and put the gates in order."""
     effect = attribution(model, pairs.first(cfg.fit_pairs), constants, gates)
     # where the method is attribution, all taus are equal and the effect decides
     tau = torch.ones_like(effect)
     if cfg.method == "learned":
-        tau = learn_masks(model, pairs, constants, gates, cfg, say)
+        tau = learn_masks(model, pairs, constants, gates, cfg, say, varied)
     # the largest tau first; the clamp leaves many at 1, and of those the largest effect first
     order = np.lexsort((-effect.cpu().numpy(), -tau.cpu().numpy()))
     return Ranking(torch.from_numpy(order).to(effect.device), int((tau > 0).sum()))
@@ -215,12 +216,14 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
     whole = model  # must miss the circuit, whatever that runs in
     model = host(whole, cfg.standalone)
     gates = Gates(model, cfg.tie_qk)
+    varied = Varied(model, whole, constants, pairs) if cfg.varied else None
     rankings = []
     for start in range(cfg.starts if cfg.method == "learned" else 1):
         seed = cfg.seed + NEXT_START * start
-        rankings.append(rank(model, pairs, constants, gates, replace(cfg, seed=seed), say))
+        rankings.append(rank(model, pairs, constants, gates, replace(cfg, seed=seed), say, varied))
     for target in cfg.target_loss:
-        search = Search(model, constants, pairs.first(cfg.fit_pairs), cfg.tie_qk, whole=whole)
+        fit = pairs.first(cfg.fit_pairs)
+        search = Search(model, constants, fit, cfg.tie_qk, whole=whole, varied=varied)
         circuit = best_start(search, gates, rankings, apart, target, cfg, say)
         yield replace(circuit, standalone=cfg.standalone)
 
