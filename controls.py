@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -290,10 +291,17 @@ def quiet(text: str) -> None:
     """In place of the lines that pruning prints."""
 
 
-def factor_of(runs: dict[str, list[dict]], n_edges: int, level: str) -> tuple | None:
-    """How many times the circuit's edges a level's controls need: the least over its controls'
-    seeds, the median, and how many of the runs met the target at all. inf where none did; None
-    where none was run."""
+class Factor(NamedTuple):
+    """Times the circuit's edges that a level's controls need; inf where no run met the target."""
+    least: float    # of all runs of the level's controls
+    median: float
+    met: int        # runs that met the target
+    unsettled: int  # that did not, and were still getting better when their steps were done
+    runs: int
+
+
+def factor_of(runs: dict[str, list[dict]], n_edges: int, level: str) -> Factor | None:
+    """Of a level, from the card's `controls`; None where none of it was run."""
     of_level = [run for key, of_key in runs.items() if CONTROLS[key].level == level
                 for run in of_key]
     if not of_level:
@@ -303,4 +311,5 @@ def factor_of(runs: dict[str, list[dict]], n_edges: int, level: str) -> tuple | 
         factors.append(run["edges"] / max(1, n_edges) if run["met"] else math.inf)
     factors.sort()
     met = sum(run["met"] for run in of_level)
-    return factors[0], factors[len(factors) // 2], met, len(of_level)
+    unsettled = sum(not run["met"] and not run["flat"] for run in of_level)
+    return Factor(factors[0], factors[len(factors) // 2], met, unsettled, len(of_level))

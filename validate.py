@@ -153,14 +153,17 @@ def verdict(card: dict, target: float, n_edges: int) -> dict:
     shown = {
         "sufficient": claim(card["sufficiency"], at_most=target + HELD_OUT),
         "needed": claim(card.get("necessity_refit"), at_least=NECESSARY),
-        "beats_controls": claim(None if level is None else level[0], at_least=BEATS),
+        "beats_controls": claim(None if level is None else level.least, at_least=BEATS),
         "follows": claim(card.get("agreement_beyond"), at_least=FOLLOWS),
     }
     nonsense = "controls not run"
     if level is not None:
-        nonsense = f"nonsense needs {times(level[0])} its edges"
-        if level[2] == 0:
-            nonsense = f"nonsense met the target in none of {level[3]} runs"
+        nonsense = f"nonsense needs {times(level.least)} its edges"
+        if level.met == 0:
+            nonsense = f"nonsense met the target in none of {level.runs} runs"
+        if level.unsettled:  # with more steps it might have met it, with however few edges
+            nonsense += f", but {level.unsettled} of {level.runs} runs were still getting better"
+            shown["beats_controls"]["shown"] = False
     said = {
         "sufficient": f"sufficient ({show(card['sufficiency'])} nats on held-out pairs",
         "needed": f"needed ({show(card.get('necessity_refit'))} nats without it, recalibrated",
@@ -219,10 +222,12 @@ def card_text(content: dict) -> str:
     for level, name in LEVELS.items():  # the number that counts comes first
         factor = factor_of(runs, v["n_edges"], level)
         if factor is not None:
-            least, middle, met, n = factor
-            row = f"  {name}: {met} of {n} runs met the target"
-            if met:
-                row += f", with {times(least)} its edges at least ({times(middle)} in the median)"
+            row = f"  {name}: {factor.met} of {factor.runs} runs met the target"
+            if factor.met:
+                row += (f", with {times(factor.least)} its edges at least "
+                        f"({times(factor.median)} in the median)")
+            if factor.unsettled:
+                row += f"; {factor.unsettled} were still getting better"
             rows.append(row)
     for line in LINES:
         beside = f"{line.beside} {show(v.get(line.beside_key))}"
@@ -373,7 +378,8 @@ def print_table(contents: list[dict]) -> None:
         cells = [show(v[line.key]) for line in LINES]
         for level in LEVELS:
             factor = factor_of(v.get("controls", {}), content["n_edges"], level)
-            cells.append("–" if factor is None else f"{factor[0]:.1f}, {factor[2]}/{factor[3]}")
+            cells.append("–" if factor is None
+                         else f"{factor.least:.1f}, {factor.met}/{factor.runs}")
         for key in ("sufficient", "needed", "beats_controls", "follows"):
             cells.append({True: "yes", False: "no", None: "–"}[v[key]["shown"]])
         size = f"{content['n_nodes']}, {content['n_edges']}"

@@ -142,13 +142,14 @@ def test_what_can_be_learnt_is_met_and_what_cannot_is_not(tmp_path):
 
 def test_the_factor_is_the_luckiest_run_of_a_level_and_runs_that_missed_count_as_infinite():
     def runs(*edges):
-        return [{"met": e is not None, "edges": e or 3} for e in edges]
+        return [{"met": e is not None, "edges": e or 3, "flat": False} for e in edges]
 
     found = {"exchanged_answers": runs(40, None, 60), "foreign_answers": runs(30, None), "random_signs": runs(None)}
-    assert factor_of(found, 10, "nonsense") == (3.0, 6.0, 3, 5)
-    assert factor_of(found, 10, "wiring") == (math.inf, math.inf, 0, 1)
+    assert factor_of(found, 10, "nonsense") == (3.0, 6.0, 3, 2, 5)  # two missed, and had not settled
+    found["random_signs"][0]["flat"] = True
+    assert factor_of(found, 10, "wiring") == (math.inf, math.inf, 0, 0, 1)
     assert factor_of(found, 10, "memorise") is None
-    empty = [{"met": True, "edges": 0}]  # a task that its last token decides
+    empty = [{"met": True, "edges": 0, "flat": False}]  # a task that its last token decides
     assert factor_of({"random_signs": empty}, 0, "wiring")[0] == 0.0
 
 

@@ -335,8 +335,8 @@ def test_idle_parts_are_those_without_which_the_target_is_met_all_the_same(tmp_p
 
 # --- the verdict ----------------------------------------------------------------------------------
 
-def run(met, edges):
-    return {"met": met, "edges": edges, "nodes": 3, "loss": 0.1, "loss_heldout": 0.1, "loss_at_size": 0.69, "curve": []}
+def run(met, edges, flat=True):
+    return {"met": met, "flat": flat, "edges": edges, "nodes": 3, "loss": 0.1, "loss_heldout": 0.1, "loss_at_size": 0.69, "curve": []}
 
 
 GOOD = {"sufficiency": 0.1, "necessity": 2.0, "necessity_refit": 0.6, "agreement_beyond": 0.6, "controls": {"exchanged_answers": [run(False, 5)], "random_signs": [run(True, 2)]}}
@@ -346,6 +346,8 @@ GOOD = {"sufficiency": 0.1, "necessity": 2.0, "necessity_refit": 0.6, "agreement
     ({}, None, None), ({"sufficiency": 0.159}, None, None), ({"sufficiency": 0.161}, "sufficient", False), ({"sufficiency": float("nan")}, "sufficient", False),
     ({"necessity": 0.01}, None, None), ({"necessity_refit": 0.34}, "needed", False), ({"agreement_within": 0.9, "agreement_beyond": 0.29}, "follows", False),
     ({"controls": {"exchanged_answers": [run(True, 29), run(False, 5)]}}, "beats_controls", False), ({"controls": {"exchanged_answers": [run(True, 30)]}}, None, None),
+    ({"controls": {"exchanged_answers": [run(True, 40), run(False, 5, flat=False)]}}, "beats_controls", False),  # that one had not settled
+    ({"controls": {"random_signs": [run(False, 5, flat=False)], "exchanged_answers": [run(True, 40, flat=False)]}}, None, None),
     ({"controls": {}}, "beats_controls", None), ({"controls": {"random_signs": [run(True, 900)]}}, "beats_controls", None)])
 def test_each_word_of_the_verdict_follows_from_its_number_alone(change, word, shown):
     got = verdict({**GOOD, **change}, 0.15, 10)
