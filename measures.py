@@ -52,12 +52,14 @@ class Case:
     # of its certificate: nats that its loss was to stay below, and that the model was to miss it by
     limit: float | None = None
     missed: float = 0.0
+    n_fit: int | None = None  # pairs that it was fitted to; None = as its settings say
 
     def __post_init__(self):
         # the circuit is `reduced`, the model less the edges that were removed, run with `nodes`
         self.reduced = without_edges(self.model, self.circuit, self.constants)
         self.nodes = ablate(self.circuit.mask, self.constants)
-        self.fit = self.train.first(self.settings.fit_pairs)  # what calibration looks at
+        # what calibration looks at
+        self.fit = self.train.first(self.n_fit or self.settings.fit_pairs)
 
     def loss(self, margin: Tensor) -> float:
         """Nats, with the scale and shift of the circuit file."""

@@ -35,12 +35,12 @@ from measures import (DRAWS, POSITIONS, SUBSETS, Case, agreement, complement, fr
                       generalisation, idle, necessity, necessity_refit, resample, resample_task,
                       standalone, sufficiency, zero_ablation)
 from model import device_of, weights_hash
-from prune import PruneConfig, in_processes, result_or_reason
+from prune import HELD_OUT, PruneConfig, in_processes, result_or_reason
 from tasks import Pairs, Task, load_model, load_pairs, task_of
 from tokens import check_tokenizer, window_of
 
 # What the verdict asks for, each stated beside its number.
-HELD_OUT = 0.01   # nats by which held-out pairs may put a circuit above its target
+# (HELD_OUT of prune.py is what held-out pairs may put a circuit above its target)
 # Nats that the model loses without it, recalibrated, where a coin flip loses 0.693: two mechanisms
 # for a task leave each other's logits tilted, and only that would look like a need.
 NECESSARY = 0.35
@@ -307,6 +307,7 @@ def case_of(cfg: ValidateConfig, content: dict) -> Case:
         heldout=draw(settings.heldout_pairs, "heldout"),
         data=os.path.join(cfg.data, "train.bin"), seed=cfg.seed,
         limit=minimal.get("target"), missed=minimal.get("necessity", 0.0),
+        n_fit=minimal.get("pairs"),
     )
 
 

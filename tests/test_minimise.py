@@ -26,7 +26,7 @@ def is_what_plain_sums_give(got, model, mask, edges, constants, pairs):
     same_parts(got, mask, between(model, mask, edges))
     margin = plain_margins(model, mask, edges, constants, pairs)
     assert nats(scaled(margin, got.scale, got.shift)) == pytest.approx(got.loss, abs=1e-5)
-    # 16 steps of L-BFGS end elsewhere in another order of the pairs, where the margins hardly tell the answers apart
+    # calibration ends elsewhere in another order of the pairs, where the margins hardly tell the answers apart
     assert loss_of(calibrated(margin, *calibrate(margin))) == pytest.approx(got.loss, abs=0.02)
 
 

@@ -375,32 +375,59 @@ def test_there_is_no_certificate_where_every_removal_would_be_refused(tmp_path):
 
 
 def test_of_several_starts_the_smallest_circuit_that_holds_on_pairs_set_apart_counts(monkeypatch):
-    def circuit(edges, loss, apart, error=0.01):
-        c = SimpleNamespace(size=(edges + 1, edges), loss=loss, loss_apart=apart, error_apart=error, starts=None, certificate=1)
-        return c
+    def circuit(edges, loss, apart, error=0.01, certificate=1):
+        return SimpleNamespace(size=(edges + 1, edges), loss=loss, loss_apart=apart, error_apart=error, starts=None, certificate=certificate)
 
     cfg, said = prune.PruneConfig(), []
     monkeypatch.setattr(prune, "replace", lambda c, **change: SimpleNamespace(**{**vars(c), **change}))
     monkeypatch.setattr(prune, "with_loss_apart", lambda search, c, apart: c)
 
-    def best(*by_slack):
+    def best(*by_slack, joined=(None, None, None)):
         asked = []
 
         def smallest(search, gates, ranking, aim, target, cfg, say):
             asked.append(round(aim / target, 3))
             return by_slack[prune.SLACKS.index(asked[-1])][ranking]
 
-        monkeypatch.setattr(prune, "smallest", smallest)
-        return prune.best_start(None, None, range(len(by_slack[0])), None, 0.15, cfg, said.append), asked
+        def join(search, circuits, aim, cfg, say):
+            return joined[prune.SLACKS.index(round(aim / 0.15, 3))] if circuits else None
 
-    found, asked = best([circuit(9, 0.13, 0.14), circuit(5, 0.13, 0.155), circuit(3, 0.13, 0.2)])
-    assert found.size[1] == 5 and asked == 3 * [0.9] and found.starts == [(10, 9, 0.14), (6, 5, 0.155), (4, 3, 0.2)]
-    found, asked = best([circuit(5, 0.13, 0.2)], [circuit(6, 0.11, 0.15)])  # none holds: further below the target
+        monkeypatch.setattr(prune, "smallest", smallest)
+        monkeypatch.setattr(prune, "join", join)
+        return prune.best_start(None, None, None, range(len(by_slack[0])), None, 0.15, cfg, said.append), asked
+
+    found, asked = best([circuit(9, 0.13, 0.14), circuit(5, 0.13, 0.149), circuit(3, 0.13, 0.2)])
+    assert found.size[1] == 5 and asked == 3 * [0.9] and found.starts == [(10, 9, 0.14), (6, 5, 0.149), (4, 3, 0.2)]
+    found, asked = best([circuit(5, 0.13, 0.149, error=0.02)], [circuit(6, 0.11, 0.13)])  # that may be luck: further below the target
     assert found.size[1] == 6 and asked == [0.9, 0.75] and "none holds" in said[-1]
     found, asked = best([circuit(5, 0.13, 0.17)], [circuit(6, 0.11, 0.2)], [circuit(7, 0.09, 0.3)])  # not even then: the best of all
     assert found.size[1] == 5 and asked == [0.9, 0.75, 0.6] and len(found.starts) == 3
     found, asked = best([circuit(5, 0.2, 0.1), circuit(4, 0.3, 0.1)])  # none meets it: the loss says so
     assert found.size[1] == 5 and asked == 2 * [0.9]
+    # what is joined counts as well; where it must go further below, the starts need not be made again
+    found, asked = best([circuit(5, 0.13, 0.17), circuit(6, 0.13, 0.14)], joined=(circuit(4, 0.13, 0.14), None, None))
+    assert found.size[1] == 4 and asked == 2 * [0.9] and len(found.starts) == 3
+    found, asked = best([circuit(5, 0.13, 0.17)], joined=(circuit(4, 0.13, 0.17), circuit(7, 0.11, 0.14), None))
+    assert found.size[1] == 7 and asked == [0.9] and len(found.starts) == 3
+    # one that is not minimal cannot be joined
+    found, asked = best([circuit(5, 0.13, 0.14, certificate=None)], joined=(circuit(4, 0.13, 0.14), None, None))
+    assert found.size[1] == 5
+
+
+def test_circuits_joined_give_what_none_of_them_alone_could_on_more_pairs(tmp_path):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model())  # four channels, of which a few would do
+    many = Search(model, constants, toy_pairs(64))
+    full = many.fit(all_nodes(model), all_edges(model))
+    few = Search(model, constants, toy_pairs(16))
+    reads = [("0.attn.act_in", i) for i in range(4)]
+    circuits = [few.fit_without(full, [part for part in reads if part[1] not in kept]) for kept in ((0, 1), (2, 3))]
+    losses = [many.fit(c.mask, c.edges).loss for c in circuits]
+    aim = (full.loss + min(losses)) / 2  # neither circuit does, both together do
+    got = prune.join(many, circuits, aim, cfg, lambda text: None)
+    kept = set(got.mask["0.attn.act_in"].nonzero().flatten().tolist())
+    assert got.certificate.pairs == 64 and got.loss <= aim and kept & {0, 1} and kept & {2, 3}
+    assert prune.join(many, circuits[:1], aim, cfg, print) is None and prune.join(many, [], aim, cfg, print) is None
+    assert prune.join(many, circuits, aim, replace(cfg, necessity=9.0), print) is None
 
 
 def test_a_loss_on_pairs_set_apart_is_plain_sums_and_its_error_shrinks_with_them(tmp_path):

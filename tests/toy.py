@@ -108,7 +108,7 @@ def toy_setup(tmp_path, model=None, **options):
     np.random.default_rng(0).integers(0, 10, 4000).astype("<u2").tofile(tmp_path / "train.bin")
     constants = node_means(model, str(tmp_path / "train.bin"), 2048, 0)
     settings = dict(model=str(tmp_path), data=str(tmp_path), task="toy", target_loss=(0.4,),
-                    mean_tokens=2048, train_pairs=256, fit_pairs=24, apart_pairs=0, heldout_pairs=100,
+                    mean_tokens=2048, train_pairs=256, fit_pairs=24, join_pairs=24, apart_pairs=0, heldout_pairs=100,
                     starts=1, steps=150, batch_pairs=16, lr=0.03, k_coef=0.01, k_rate=0.02,
                     init_noise_scale=0.01, init_noise_bias=0.1)
     return model, PruneConfig(**{**settings, **options}), constants
