@@ -26,13 +26,13 @@ demo: $(OUT)/$(TASK)/circuit.json
 bench: $(DATA)/meta.json
 	$(PY) -m tools.bench --config=configs/demo.toml
 
-# two processes, which take the files of tests in turn; their dots mix
+# Two processes of one thread, which take the files of tests in turn; their dots mix.
 test: .venv/ready
 	@share=$$(mktemp -d) && trap 'rm -r $$share' EXIT && \
 	$(MAKE) --no-print-directory -k -j2 SHARE=$$share half-1 half-2
 
 half-1 half-2:
-	@$(PY) -m pytest -q -o console_output_style=classic --share=$(SHARE) tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -o console_output_style=classic --share=$(SHARE) tests
 
 .venv/ready: requirements.txt
 	@echo "== set-up: .venv and requirements.txt (a few minutes, once)"
