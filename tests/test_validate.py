@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-import prune
 import validate
 import measures
 from circuit import Circuit, all_edges, between, circuit_of
@@ -321,18 +320,16 @@ def test_generalisation_is_not_stated_where_there_are_no_such_prompts(tmp_path, 
 # --- idle parts -----------------------------------------------------------------------------------
 
 def test_a_circuit_is_judged_on_as_many_pairs_as_its_certificate_names(tmp_path, monkeypatch):
-    model, cfg, constants = toy_setup(tmp_path, minimal=True, steps=40, join_pairs=60, out_dir=str(tmp_path / "out"))
-    (content,) = prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None)
-    assert content["validation"]["minimal"]["pairs"] == 60 and cfg.fit_pairs == 24
+    model, cfg, content = toy_circuit(tmp_path, minimal=True, steps=40)
+    assert content["validation"]["minimal"]["pairs"] == cfg.fit_pairs == 24
+    content["validation"]["minimal"]["pairs"] = 60  # as where several starts were joined
     monkeypatch.setattr(validate, "load_model", lambda *_: (model, Digits()))
     monkeypatch.setattr(validate, "check_tokenizer", lambda *_: None)
     monkeypatch.setattr(validate, "tokenizer_for", lambda *_: None)
     monkeypatch.setattr(validate, "tokenizer_hash", lambda *_: None)
     monkeypatch.setattr(validate, "task_in", lambda *_: TOY)
-    monkeypatch.setattr(validate, "circuit_of", lambda *_: (None, constants))
-    monkeypatch.setattr(measures.Case, "__post_init__", lambda case: None)
     case = validate.case_of(validate.ValidateConfig(data=str(tmp_path)), content)
-    assert case.n_fit == 60 and case.limit == content["validation"]["minimal"]["target"]
+    assert len(case.fit) == 60 and case.limit == content["validation"]["minimal"]["target"]
 
 
 def test_idle_parts_are_those_without_which_the_target_is_met_all_the_same(tmp_path):
