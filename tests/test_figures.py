@@ -129,14 +129,15 @@ def validated(path: str) -> None:
     Path(path).write_text(json.dumps(content))
 
 
-def called(self, command, log) -> None:
-    options = dict(option.removeprefix("--").split("=", 1) for option in command[1:])
-    if command[0] == "steer.py":
-        assert Path(options["circuit"]).is_file() and Path(options["dense"]).is_dir()
-        steered(options["run"])
-    else:
-        assert command[0] == "validate.py"
-        validated(options["circuit"])
+def called(self, commands: dict) -> None:
+    for command in commands.values():
+        options = dict(option.removeprefix("--").split("=", 1) for option in command[1:])
+        if command[0] == "steer.py":
+            assert Path(options["circuit"]).is_file() and Path(options["dense"]).is_dir()
+            steered(options["run"])
+        else:
+            assert command[0] == "validate.py"
+            validated(options["circuit"])
 
 
 NAMES = ("fig10", "fig2", "tokens", "fig31", "fig32", "binarised", "fig3", "ablations", "fig9", "critique")
@@ -378,7 +379,7 @@ def test_children_end_with_whoever_started_them(stub, monkeypatch):
 def test_a_command_of_the_project_that_fails_is_one_line(stub, tmp_path):
     (tmp_path / "fails.py").write_text("import sys; sys.exit('no circuit there')")
     with pytest.raises(ValueError, match="ended with status 1: no circuit there"):
-        stub.call([str(tmp_path / "fails.py")], str(tmp_path / "logs" / "x.log"))
+        stub.call({str(tmp_path / "logs" / "x.log"): [str(tmp_path / "fails.py")]})
 
 
 # --- dense models of the same loss ------------------------------------------------------------

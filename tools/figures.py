@@ -53,7 +53,7 @@ class FiguresConfig:
 # --- the table of runs ---------------------------------------------------------------------------
 
 # width -> minutes on one core
-WIDTHS = {64: 5, 96: 6.5, 128: 8, 192: 13}
+WIDTHS = {64: 5, 96: 6.5, 128: 8, 160: 10}
 SHARES = (0.5, 1.0, 2.0)  # L0 as a multiple of that of the demo's model, of width 128
 # The recipe less one part. Without its factor the rate is too high or too low for some of the time:
 # both that of the end and that of the dense beginning (times the root of the density) are tried.
@@ -66,8 +66,7 @@ ABLATIONS = {
     "topk_eighth": ("AbsTopK 1/8", ("--afrac=0.125",)),
     "topk_half": ("AbsTopK 1/2", ("--afrac=0.5",)),
     "no_sinks": ("no sinks", ("--sink=false",)),
-    "embeddings_2x": ("embeddings twice as dense", ("--embed_density=0.08",)),
-    "embeddings_4x": ("embeddings four times as dense", ("--embed_density=0.16",)),
+    "embeddings": ("embeddings four times as dense", ("--embed_density=0.16",)),
 }
 
 
@@ -108,7 +107,7 @@ SPARSE = ("sparse0", "sparse1", "sparse2")
 GRID = {(width, share): name_of(width, share) for width in WIDTHS for share in SHARES}
 
 
-# --- the figures -----------------------------------------------------------------------------------
+# --- the figures ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Figure:
@@ -126,7 +125,7 @@ FIGURES = {
     "fig10": Figure("Fig. 10", "kurtosis of the final residual stream rises with sparsity and with "
                     "size", fig10, draw_fig10, tuple(GRID.values()), 1),
     "fig2": Figure("Fig. 2", "at the same validation loss, sparse circuits have 16 times fewer "
-                   "edges than dense ones", fig2, draw_fig2, SPARSE, 75, matched=3),
+                   "edges than dense ones", fig2, draw_fig2, SPARSE, 55, matched=3),
     "tokens": Figure("3.2", "token losses of a dense and a sparse model correlate 0.93, of two "
                      "dense seeds 0.94", tokens, draw_tokens, SPARSE, 1, matched=3),
     "fig31": Figure("Fig. 31", "learned masks find smaller circuits than attribution, by a wide "
@@ -139,14 +138,14 @@ FIGURES = {
                    "a comment misleads", fig8, draw_fig8, ("long0", *SPARSE), 8),
     "fig3": Figure("Fig. 3", "sparser is worse and smaller at a fixed size; larger is better on "
                    "both at a fixed L0", fig3, draw_fig3, tuple(GRID.values()), 28),
-    "ablations": Figure("2.1, A.2", "annealing with the rate's factor, the j floor and AbsTopK each "
-                        "do their part; sinks make circuits cleaner at about the same loss",
-                        ablations, draw_ablations, (*SPARSE, *ABLATIONS), 26),
+    "ablations": Figure("2.1, A.2", "annealing with the rate's factor, the j floor and AbsTopK do "
+                        "their part; sinks make circuits cleaner at about the same loss",
+                        ablations, draw_ablations, (*SPARSE, *ABLATIONS), 24),
     "fig9": Figure("Fig. 9", "a dense model is steered by a sparse one's circuit", fig9, draw_fig9,
-                   tuple(f"{kind}{run}" for run in BRIDGES for kind in ("dense_", "")), 6),
+                   tuple(f"{kind}{run}" for run in BRIDGES for kind in ("dense_", "")), 5),
     "critique": Figure("Drori 2026", "(not the paper) masks fit nonsense and random weights too, "
                        "norms shift, zeros give smaller circuits", critique, draw_critique,
-                       SPARSE[:1], 40, matched=1),
+                       SPARSE[:1], 20, matched=1),
 }
 
 
@@ -241,17 +240,17 @@ def picture(draw: Callable, data: dict) -> bytes:
 HEAD = """# The paper's evidence, on small models
 
 ```
-make figures                             # all of it: about five hours on 2 cores, stopped and resumed at will
+make figures               # all of it: about five hours on 2 cores, stopped and resumed at will
 make figures ONLY=fig2
 python -m tools.figures --only=fig2,fig10
 ```
 
-This page is written by that command, from the numbers in docs/figures/. A figure that was not run has no row. Losses
-are nats; several numbers are a median and a range. Sizes are geometric means of edges over tasks; unless a line says
-otherwise a circuit is minimal, at 0.15 nats, from one start of mask learning. The minutes are a figure's own, on 2
-cores, without those of training its models. The models are tiny (2 layers, width 64 to 192, 7M tokens), the paper's
-thousands of times larger: where they agree, that is more than was to be expected, and where they do not, the reason
-may be that.
+This page is written by that command, from the numbers in docs/figures/. A figure that was not run
+has no row. Losses are nats; several numbers are a median and a range. Sizes are geometric means of
+edges over tasks; unless a line says otherwise a circuit is minimal, at 0.15 nats, from one start of
+mask learning. The minutes are a figure's own, on 2 cores, without those of training its models. The
+models are tiny (2 layers, width 64 to 192, 7M tokens), the paper's thousands of times larger: where
+they agree, that is more than was to be expected, and where they do not, that may be the reason.
 """
 
 

@@ -291,8 +291,8 @@ def draw_tokens(figure, data: dict) -> None:
 # --- Appendix C: nodes of two values -------------------------------------------------------------
 
 def first_levels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations (tokens, nodes) -> two levels of each node (nodes,), the means on either side of a
-    threshold: of those at 1/4, 1/2, 3/4 between min and max the one with the least squared error."""
+    """Activations (tokens, nodes) -> two levels of each node (nodes,), the means on either side of
+    a threshold: the one at 1/4, 1/2 or 3/4 between min and max with the least squared error."""
     low, high = x.amin(0), x.amax(0)
     best = torch.full_like(low, math.inf)
     left, right = low.clone(), low.clone()

@@ -188,15 +188,18 @@ class Lab:
         self.mark(name, True)
         self.progress.did(self.runs[name].minutes / self.jobs, f"  {name} is trained")
 
-    def call(self, command: list[str], log: str) -> None:
-        """A command of the project, to its end. ValueError where it fails."""
-        os.makedirs(os.path.dirname(log), exist_ok=True)
-        child = self.child(command, log)
+    def call(self, commands: dict[str, list[str]]) -> None:
+        """A few commands of the project at a time, to their ends, by the file that each prints to.
+        ValueError where one fails."""
+        children = {}
         try:
-            status = child.wait()
+            for log, command in commands.items():
+                os.makedirs(os.path.dirname(log), exist_ok=True)
+                children[log] = self.child(command, log)
+            for log, child in children.items():
+                check_ended(commands[log], child.wait(), log)
         finally:
-            end_all([child])
-        check_ended(command, status, log)
+            end_all(children.values())
 
     # --- models of the same loss ----------------------------------------------------------------
 

@@ -192,9 +192,10 @@ def fig32(lab: Lab) -> Found:
     first = []
     for curve in curves.values():
         first += [row for row in curve if row["sufficiency"] <= AIM][:1]
-    measured = (f"sufficient ({AIM} nats) from {said([row['nodes'] for row in first], '.0f')} nodes "
-                f"on; the model without those has {said([row['necessity'] for row in first], '.2f')}"
-                f" nats (a coin flip: {COIN})")
+    nodes = said([row["nodes"] for row in first], ".0f")
+    without = said([row["necessity"] for row in first], ".2f")
+    measured = (f"sufficient ({AIM} nats) from {nodes} nodes on; the model without those has "
+                f"{without} nats (a coin flip: {COIN})")
     return Found(measured, f"{', '.join(runs)}, {lab.tasks[0]}", {"curves": curves})
 
 

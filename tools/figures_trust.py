@@ -3,18 +3,20 @@
 - `NAME(lab)` measures one figure, `draw_NAME(figure, data)` draws it from its numbers alone.
 - fig9: a dense model steered by a sparse one's circuit (steer.py).
 - critique: the four objections of Drori, "Weight-sparse circuits may be interpretable yet
-  unfaithful" (2026), as lines of the faithfulness card (validate.py), of a sparse and a dense model.
+  unfaithful" (2026), as lines of the faithfulness card (validate.py), of a sparse and of a dense
+  model.
 
 Losses are in nats.
 """
 import json
 import os
 
+from circuit import read_circuit
 from controls import factor_of
 from tools.figures_lab import Found, Lab, said
 from tools.figures_sizes import AIM
 
-BRIDGES = ("bridge0", "bridge1", "bridge2")
+BRIDGES = ("bridge0", "bridge1")
 # At 0.15 the circuit of while_return_true can leave out what marks a return (docs/bridges.md).
 STEERED = {"single_double_quote": 0.15, "while_return_true": 0.05}
 COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
@@ -34,9 +36,10 @@ def fig9(lab: Lab) -> Found:
         if circuit is None:
             continue
         path = os.path.join(cfg.out_dir, task, "circuit.json")
-        lab.call(["steer.py", f"--run={lab.folder(run)}", f"--dense={lab.folder(f'dense_{run}')}",
-                  f"--task={task}", f"--circuit={path}", f"--data={lab.data}",
-                  f"--tokenizer={lab.tokenizer}"], os.path.join(cfg.out_dir, "steer.log"))
+        command = ["steer.py", f"--run={lab.folder(run)}", f"--circuit={path}", f"--task={task}",
+                   f"--dense={lab.folder(f'dense_{run}')}", f"--data={lab.data}",
+                   f"--tokenizer={lab.tokenizer}"]
+        lab.call({os.path.join(cfg.out_dir, "steer.log"): command})
         with open(os.path.join(lab.folder(run), "steer", task, "steer.json")) as f:
             steered = json.load(f)
         curves[f"{task}, {run}"] = {key: steered[key] for key in ("strength", "nodes", *COMPARED)}
@@ -72,19 +75,20 @@ def critique(lab: Lab) -> Found:
     same validation loss."""
     ((sparse, dense),) = lab.matched(lab.seeds[:1]).items()
     task = lab.tasks[0]
-    found = {}
+    keys = [(run, kind) for run in (sparse, dense) for kind in ("minimal", "zero")]
+    wanted = {key: lab.pruning_of(key[0], task, AIM, key[1]) for key in keys}
+    circuits = dict(zip(keys, lab.circuits(list(wanted.values()))))
+    paths = {}
     for run in (sparse, dense):
-        kinds = ("minimal", "zero")
-        mean, zero = lab.circuits([lab.pruning_of(run, task, AIM, kind) for kind in kinds])
-        if mean is None:
+        if circuits[run, "minimal"] is None:
             raise ValueError(f"{run} has no circuit of {task}")
-        folder = lab.pruning_of(run, task, AIM, "minimal").out_dir
-        path = os.path.join(folder, task, "circuit.json")
-        lab.call(["validate.py", f"--circuit={path}", f"--control_seeds={CONTROL_SEEDS}",
-                  f"--data={lab.data}", f"--tokenizer={lab.tokenizer}"],
-                 os.path.join(folder, "validate.log"))
-        with open(path) as f:
-            found[run] = objections(json.load(f), zero)
+        paths[run] = os.path.join(wanted[run, "minimal"].out_dir, task, "circuit.json")
+    # a card that is complete is not measured again
+    lab.call({f"{path}.log": ["validate.py", f"--circuit={path}", f"--data={lab.data}",
+                              f"--tokenizer={lab.tokenizer}", f"--control_seeds={CONTROL_SEEDS}"]
+              for path in paths.values()})
+    found = {run: objections(read_circuit(path), circuits[run, "zero"])
+             for run, path in paths.items()}
     table = [["objection", "measured as", sparse, dense]]
     for key, (objection, name) in OBJECTIONS.items():
         table.append([objection, name, *(number(of_run[key]) for of_run in found.values())])
