@@ -26,6 +26,7 @@ from pathlib import Path
 from config import as_script, bounded, die, nearest, parse, sole_user, write_atomic
 
 from model import weights_hash
+from tokens import read_data
 from tools.figures_inside import (binarised, draw_binarised, draw_fig8, draw_fig10, draw_tokens,
                                   fig8, fig10, tokens)
 from tools.figures_lab import Found, Lab, Progress, Run
@@ -319,6 +320,7 @@ def main(argv: list[str]) -> int:
     try:
         names = chosen(cfg.only)
         pyplot()  # before hours go by
+        read_data(cfg.data, 1)
         with sole_user(cfg.out_dir):
             return make_all(lab_of(cfg), cfg, names)
     except BlockingIOError:

@@ -115,8 +115,7 @@ def reading_of(case: Case, tables: Nodes) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def on_lists(case: Case, tables: Nodes, weights: Tensor, n: int,
-             remark: str = "") -> dict:
+def on_lists(case: Case, tables: Nodes, weights: Tensor, n: int, remark: str = "") -> dict:
     """Of lists of n elements: the mean logit difference of `]]` and `]`, by nesting, and the mean
     probability of `]]` of nested ones; as predicted, of the circuit and of the whole model.
     ValueError where the context is too short for them."""

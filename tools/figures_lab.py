@@ -21,9 +21,11 @@ from functools import partial
 
 from config import write_atomic
 
+from circuit import write_circuit
 from model import weights_hash
-from prune import (PruneConfig, already_pruned, in_processes, path_of, prune_task,
+from prune import (PruneConfig, already_pruned, constants_of, in_processes, path_of, prune,
                    settings_in_file)
+from tasks import load_model, task_of
 from tokens import read_data
 from tools.formation import read_log
 from tools.planted import cell
@@ -352,15 +354,18 @@ def asked(cfg: PruneConfig) -> list:
 def find_one(cfg: PruneConfig) -> tuple[str, None]:
     """Prune, and leave the circuit or the reason why there is none; a line that says which."""
     name = f"{os.path.relpath(cfg.out_dir)}/{cfg.task}"
+    # data or a tokenizer that do not fit are no property of the model: not to be kept
+    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
+    constants = constants_of(model, cfg)
     try:
-        (circuit,) = prune_task(cfg, cfg.task, quiet)
-        return f"  {name}: {circuit['n_edges']} edges", None
+        (circuit,) = prune(model, task_of(cfg.task), tokenizer, cfg, constants, quiet)
     except ValueError as e:
-        why = str(e)
-    path = failure_path(cfg)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_atomic(path, json.dumps({"of": asked(cfg), "why": why}).encode())
-    return f"  {name}: no circuit: {why}", None
+        path = failure_path(cfg)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_atomic(path, json.dumps({"of": asked(cfg), "why": str(e)}).encode())
+        return f"  {name}: no circuit: {e}", None
+    write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
+    return f"  {name}: {circuit['n_edges']} edges", None
 
 
 def quiet(text: str) -> None:
