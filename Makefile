@@ -1,5 +1,6 @@
 # make demo: from nothing to a circuit in the browser.  make test: the whole suite.
 # make bridge: a dense model, steered by what a circuit of a sparse one says.
+# make figures: the paper's figures on small models, docs/figures.md; make figures ONLY=fig2,fig10.
 # make bench: every ratio of speeds in docs/speed.md.
 # All make .venv first. Each target is redone only when something that it is made from is missing.
 PYTHON ?= python3
@@ -13,7 +14,7 @@ STEERED := single_double_quote while_return_true
 # at 0.15 this circuit can leave out what marks a return
 TARGET_while_return_true := 0.05
 
-.PHONY: demo bridge bench test half-1 half-2 clean
+.PHONY: demo bridge bench figures test half-1 half-2 clean
 .PRECIOUS: $(BRIDGE)/%/circuit.json
 
 demo: $(OUT)/$(TASK)/circuit.json
@@ -25,6 +26,9 @@ demo: $(OUT)/$(TASK)/circuit.json
 
 bench: $(DATA)/meta.json
 	$(PY) -m tools.bench --config=configs/demo.toml
+
+figures: $(DATA)/meta.json | .venv/matplotlib
+	$(PY) -m tools.figures $(ONLY:%=--only=%)
 
 # Two processes of one thread, which take the files of tests in turn; their dots mix.
 test: .venv/ready

@@ -26,7 +26,7 @@ from model import GPT
 from tasks import (Pairs, answer_ids, batches_of, calibrate, calibrated, last_logits, loss_of,
                    margin_of, margins)
 
-# A fit gives up only this far past its target: calibration pulls the scale a little toward 1, so that
+# A fit gives up only this far past its target: calibration pulls the scale a little toward 1, so
 # the loss of the pairs seen so far is a lower bound only to about 1%.
 CLEARLY_ABOVE = 1.01
 LEAST_EDGES = 0.5  # what goes without any edge is priced as if half an edge had gone with it

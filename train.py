@@ -75,6 +75,7 @@ class TrainConfig:
     # at the final density; while more is kept it is smaller, by sqrt(density at the end / now)
     lr: float = bounded(0.075, above=0)
     warmup: float = bounded(0.01, at_least=0, below=1)     # fraction of training
+    sharkfin: bool = True         # false = without that factor, to see what it does (paper A.2)
     # shares of the weights that are left at the end; 1 = dense
     density: float = bounded(0.02, above=0, at_most=1)     # of the matrices
     embed_density: float = bounded(0.0, at_least=0, at_most=1)  # of embeddings; 0 = density
@@ -426,7 +427,8 @@ def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, obj
     cfg = run.cfg
     progress = partial(density_at, step, cfg.max_steps, start=cfg.anneal_start, end=cfg.anneal_end)
     density = progress(cfg.density)
-    lr = cfg.lr * lr_factor_at(step, cfg.max_steps, cfg.density / density, cfg.warmup)
+    thinning = cfg.density / density if cfg.sharkfin else 1.0
+    lr = cfg.lr * lr_factor_at(step, cfg.max_steps, thinning, cfg.warmup)
     job.optimizer.set_schedule(lr, progress)
 
     loss, seen = forward_backward(run, job, net, step)

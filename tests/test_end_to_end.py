@@ -31,6 +31,7 @@ from model import GPT
 from tools import tune
 from tools.bench_memory import MemoryConfig
 from tools.bench_model import BenchModelConfig
+from tools.figures import FiguresConfig
 from tools.formation import FormationConfig
 from tools.inspect import InspectConfig
 from tools.planted import PlantedConfig
@@ -407,6 +408,7 @@ KINDS = {
     "tools/bench.py": train.TrainConfig,
     "tools/bench_memory.py": MemoryConfig,
     "tools/bench_model.py": BenchModelConfig,
+    "tools/figures.py": FiguresConfig,
     "tools/formation.py": FormationConfig,
     "tools/inspect.py": InspectConfig,
     "tools/planted.py": PlantedConfig,
@@ -416,7 +418,7 @@ KINDS = {
 }
 
 
-DOCS = ["README.md", "docs/formation.md", "docs/programs.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
+DOCS = ["README.md", "docs/figures.md", "docs/formation.md", "docs/programs.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
 
 
 @pytest.mark.parametrize("page", DOCS)

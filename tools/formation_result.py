@@ -27,7 +27,8 @@ def schedule_at(cfg: TrainConfig, step: int) -> dict[str, float]:
     """The density and the learning rate of the step that made the model of `step`."""
     i = step - 1  # schedules count from 0
     density = density_at(i, cfg.max_steps, cfg.density, cfg.anneal_start, cfg.anneal_end)
-    factor = lr_factor_at(i, cfg.max_steps, cfg.density / density, cfg.warmup)
+    thinning = cfg.density / density if cfg.sharkfin else 1.0
+    factor = lr_factor_at(i, cfg.max_steps, thinning, cfg.warmup)
     return {"density": density, "lr": cfg.lr * factor}
 
 

@@ -1,0 +1,291 @@
+"""The figures of tools/figures.py that are about the size of circuits.
+
+- `NAME(lab)` measures one figure, `draw_NAME(figure, data)` draws it from its numbers alone.
+- fig2: dense against sparse at the same validation loss. fig3: loss against size of circuits.
+- fig31: learned masks against attribution. fig32: sufficient and necessary, as a circuit grows.
+- ablations: the recipe of training less one part at a time.
+
+A model's size is the geometric mean of its circuits' edges over tasks (paper 2.2); where models are
+compared, over the tasks that have a circuit in each of them. Losses are in nats.
+"""
+import statistics
+
+from circuit import alone, inverse
+from masks import Gates
+from minimise import Search
+from prune import PruneConfig, constants_of, leading_gates, rank
+from tasks import calibrated, load_model, load_pairs, loss_of, margins, task_of
+from tools.figures_lab import Edges, Found, Lab, common_tasks, geometric_mean, quiet, said
+
+AIM = 0.15                        # nats: the paper's target where there is one
+TARGETS = (0.5, 0.15, 0.05, 0.02)  # of the curves; the paper's go on to 0.002
+COIN = 0.693                      # nats of a coin flip
+HELD_OUT = 256                    # pairs for each size of a growing circuit
+
+Sizes = dict[str, int | None]     # task -> edges, None where there is no circuit
+
+
+# --- comparing sizes ---------------------------------------------------------------------------
+
+def compared(first: Sizes, second: Sizes) -> dict:
+    """Both geometric means of edges and the second over the first, over the tasks that both have;
+    None where they share no task."""
+    tasks = [task for task in first if first[task] is not None and second[task] is not None]
+    if not tasks:
+        return {"tasks": [], "first": None, "second": None, "ratio": None}
+    a = geometric_mean(first[task] for task in tasks)
+    b = geometric_mean(second[task] for task in tasks)
+    return {"tasks": tasks, "first": a, "second": b, "ratio": b / a}
+
+
+def sizes_of(lab: Lab, edges: Edges, run: str, target: float) -> Sizes:
+    return {task: edges[run, task, target] for task in lab.tasks}
+
+
+def agree(points: list[dict], fixed: str, along: str, key: str, rises: bool) -> str:
+    """In how many steps along one setting, the other fixed, a number goes the way of a claim:
+    "5 of 8 steps"."""
+    n = right = 0
+    for value in sorted({point[fixed] for point in points}):
+        row = sorted((p for p in points if p[fixed] == value), key=lambda p: p[along])
+        for before, after in zip(row, row[1:]):
+            n += 1
+            right += (after[key] > before[key]) == rises
+    return f"{right} of {n} steps"
+
+
+def n_tasks(rows: list[dict]) -> str:
+    """Over how many tasks means were taken, as a range where it differs."""
+    counts = sorted({len(row["tasks"]) for row in rows})
+    return "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
+def draw_sizes(axis, rows: list[dict], key: str, label: str, style: str) -> None:
+    """Edges against target loss: the median of the rows of each target, and their range."""
+    targets = sorted({row["target"] for row in rows if row[key] is not None})
+    by_target = [[row[key] for row in rows if row["target"] == t and row[key] is not None]
+                 for t in targets]
+    line, = axis.plot(targets, list(map(statistics.median, by_target)), style, label=label)
+    axis.fill_between(targets, list(map(min, by_target)), list(map(max, by_target)), alpha=0.15,
+                      color=line.get_color())
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("target loss, nats")
+    axis.set_ylabel("edges, geometric mean over tasks")
+
+
+# --- Fig. 2 ------------------------------------------------------------------------------------
+
+def fig2(lab: Lab) -> Found:
+    """Edges against target loss of sparse and dense models of the same validation loss."""
+    pairs = lab.matched()
+    runs = [*pairs, *pairs.values()]
+    rows = []
+    for kind, targets in (("paper", TARGETS), ("minimal", (AIM,))):
+        edges = lab.edges(kind, runs, targets)
+        for sparse, dense in pairs.items():
+            for target in targets:
+                both = compared(*(sizes_of(lab, edges, run, target) for run in (sparse, dense)))
+                rows.append({"kind": kind, "target": target, "sparse": sparse, "dense": dense,
+                             **both})
+    at_aim = {kind: [row for row in rows if row["kind"] == kind and row["target"] == AIM]
+              for kind in ("paper", "minimal")}
+    text = []
+    for kind, name in (("paper", "the paper's pruner"), ("minimal", "minimal circuits")):
+        ratios = [row["ratio"] for row in at_aim[kind]]
+        text.append(f"{name}: {said(ratios, '.1f')} times, over {n_tasks(at_aim[kind])} tasks")
+    losses = {run: lab.loss_of(run) for run in runs}
+    models = ", ".join(f"{sparse} {losses[sparse]:.2f} and {dense} {losses[dense]:.2f} nats"
+                       for sparse, dense in pairs.items())
+    return Found(f"at {AIM} nats, {'; '.join(text)}", models, {"rows": rows, "losses": losses})
+
+
+def draw_fig2(figure, data: dict) -> None:
+    axis = figure.subplots()
+    for kind, style in (("paper", "o-"), ("minimal", "s")):
+        rows = [row for row in data["rows"] if row["kind"] == kind]
+        for key, name in (("first", "sparse"), ("second", "dense")):
+            draw_sizes(axis, rows, key, f"{name}, {kind}", style)
+    axis.legend()
+
+
+# --- Fig. 3 ------------------------------------------------------------------------------------
+
+def fig3(lab: Lab) -> Found:
+    """Validation loss against the size of circuits, for models of several sizes and L0."""
+    runs = list(lab.grid.values())
+    lab.train(runs)
+    edges = lab.edges("minimal", runs, (AIM,))
+    tasks = common_tasks(edges, runs, lab.tasks, AIM)
+    if not tasks:
+        raise ValueError("no task has a circuit in all models of the grid")
+    points = []
+    for (width, share), run in lab.grid.items():
+        size = geometric_mean(edges[run, task, AIM] for task in tasks)
+        points.append({"width": width, "l0": share, "run": run, "loss": lab.loss_of(run),
+                       "edges": size})
+    sparser = (agree(points, "width", "l0", "loss", False),
+               agree(points, "width", "l0", "edges", True))
+    larger = (agree(points, "l0", "width", "loss", False),
+              agree(points, "l0", "width", "edges", False))
+    text = (f"sparser at a fixed width: worse in {sparser[0]}, smaller circuits in {sparser[1]}; "
+            f"wider at a fixed L0: better in {larger[0]}, smaller circuits in {larger[1]}")
+    table = [["width", "L0, times the demo's", "nats", "edges"]]
+    for p in points:
+        table.append([f"{p['width']}", f"{p['l0']:g}", f"{p['loss']:.3f}", f"{p['edges']:.1f}"])
+    models = f"{len(points)} models, one seed each; tasks: {', '.join(tasks)}"
+    return Found(text, models, {"points": points, "tasks": tasks}, table)
+
+
+def draw_fig3(figure, data: dict) -> None:
+    axis = figure.subplots()
+    points = data["points"]
+    for l0 in sorted({point["l0"] for point in points}):
+        row = sorted((p for p in points if p["l0"] == l0), key=lambda p: p["width"])
+        axis.plot([p["edges"] for p in row], [p["loss"] for p in row], "o-", label=f"L0 x {l0:g}")
+        for p in row:
+            axis.annotate(f" {p['width']}", (p["edges"], p["loss"]), fontsize=7)
+    axis.set_xscale("log")
+    axis.set_xlabel(f"edges at {AIM} nats, geometric mean over tasks")
+    axis.set_ylabel("validation loss, nats a token")
+    axis.legend(title="numbers: width")
+
+
+# --- Fig. 31 -----------------------------------------------------------------------------------
+
+def fig31(lab: Lab) -> Found:
+    """Learned masks against attribution as the ranking of nodes, at every target loss."""
+    runs = [f"sparse{seed}" for seed in lab.seeds]
+    lab.train(runs)
+    learned = lab.edges("paper", runs, TARGETS)
+    attributed = lab.edges("attribution", runs, TARGETS)
+    rows = []
+    for run in runs:
+        for target in TARGETS:
+            both = compared(sizes_of(lab, learned, run, target),
+                            sizes_of(lab, attributed, run, target))
+            rows.append({"target": target, "run": run, **both})
+    text = []
+    for target in TARGETS:
+        ratios = [row["ratio"] for row in rows if row["target"] == target]
+        text.append(f"{said(ratios, '.1f')} at {target}")
+    measured = f"attribution needs so many times the edges: {'; '.join(text)} nats"
+    return Found(measured, f"{', '.join(runs)}, over {n_tasks(rows)} tasks", {"rows": rows})
+
+
+def draw_fig31(figure, data: dict) -> None:
+    axis = figure.subplots()
+    draw_sizes(axis, data["rows"], "first", "learned masks", "o-")
+    draw_sizes(axis, data["rows"], "second", "attribution", "s-")
+    axis.legend()
+
+
+# --- Fig. 32 -----------------------------------------------------------------------------------
+
+def fig32(lab: Lab) -> Found:
+    """The circuit alone, and the model without it, as the circuit grows along its ranking."""
+    runs = [f"sparse{seed}" for seed in lab.seeds]
+    lab.train(runs)
+    wanted = [lab.pruning_of(run, lab.tasks[0], AIM, "paper", heldout_pairs=HELD_OUT)
+              for run in runs]
+    curves = dict(zip(runs, lab.each(growth, wanted)))
+    first = []
+    for curve in curves.values():
+        first += [row for row in curve if row["sufficiency"] <= AIM][:1]
+    nodes = said([row["nodes"] for row in first], ".0f")
+    without = said([row["necessity"] for row in first], ".2f")
+    measured = (f"sufficient ({AIM} nats) from {nodes} nodes on; the model without those has "
+                f"{without} nats (a coin flip: {COIN})")
+    return Found(measured, f"{', '.join(runs)}, {lab.tasks[0]}", {"curves": curves})
+
+
+def growth(cfg: PruneConfig) -> tuple[str, list[dict]]:
+    """Held-out losses (nats) of the circuits of the 1, 2, 3, 4, 6, 8, ... leading gates, and of the
+    model without them."""
+    model, tokenizer = load_model(cfg.model, cfg.tokenizer)
+    task = task_of(cfg.task)
+    T = model.config.block_size
+    train = load_pairs(task, tokenizer, cfg.train_pairs, "train", T, cfg.seed)
+    heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed)
+    constants = constants_of(model, cfg)
+    gates = Gates(model, cfg.tie_qk)
+    ranking = rank(model, train, constants, gates, cfg, quiet)
+    search = Search(model, constants, train.first(cfg.fit_pairs), cfg.tie_qk)
+    rows = []
+    for k in growing(len(ranking.order)):
+        circuit = leading_gates(search, gates, ranking, k)
+        margin = alone(model, circuit, constants)(heldout)
+        rest = margins(model, heldout, inverse(circuit.mask, constants))
+        rows.append({
+            "gates": k, "nodes": circuit.size[0], "edges": circuit.size[1],
+            "sufficiency": loss_of(calibrated(margin, circuit.scale, circuit.shift)),
+            "necessity": loss_of(rest)})
+    return f"  {cfg.model}: {len(rows)} sizes of a circuit", rows
+
+
+def growing(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... and `most`."""
+    sizes = {most}
+    power = 1
+    while power < most:
+        sizes |= {power, min(most, 3 * power // 2)}
+        power *= 2
+    return sorted(sizes)
+
+
+def draw_fig32(figure, data: dict) -> None:
+    axis = figure.subplots()
+    for n, (run, rows) in enumerate(data["curves"].items()):
+        nodes = [max(1, row["nodes"]) for row in rows]
+        axis.plot(nodes, [row["sufficiency"] for row in rows], f"C{n}o-", label=f"{run}: alone")
+        axis.plot(nodes, [row["necessity"] for row in rows], f"C{n}s:", label="without it")
+    axis.axhline(COIN, color="0.6", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("nodes of the circuit")
+    axis.set_ylabel("task loss, nats (line: a coin flip)")
+    axis.legend()
+
+
+# --- ablations of the recipe ---------------------------------------------------------------------
+
+def ablations(lab: Lab) -> Found:
+    """Training less one part of the recipe: validation loss, and edges beside the whole recipe's on
+    the tasks that both have."""
+    whole = [f"sparse{seed}" for seed in lab.seeds]
+    labels = dict.fromkeys(whole, "the recipe") | lab.ablations
+    runs = list(labels)
+    lab.train(runs)
+    edges = lab.edges("minimal", runs, (AIM,))
+    usual = {}
+    for task in lab.tasks:
+        counts = [edges[run, task, AIM] for run in whole]
+        usual[task] = None if None in counts else statistics.median(counts)
+    rows = []
+    for run, label in labels.items():
+        rows.append({"label": label, "run": run, "loss": lab.loss_of(run),
+                     **compared(usual, sizes_of(lab, edges, run, AIM))})
+    base = [row["loss"] for row in rows if row["run"] in whole]
+    middle = statistics.median(base)
+    text = []
+    for row in rows[len(whole):]:
+        times = f"{row['ratio']:.1f}" if row["tasks"] else "–"
+        text.append(f"{row['label']} {row['loss'] - middle:+.3f} nats, x {times}")
+    table = [["", "validation loss", "edges, times the recipe's", "tasks"]]
+    for row in rows:
+        times = f"{row['ratio']:.2f}" if row["tasks"] else "–"
+        table.append([f"{row['label']} ({row['run']})", f"{row['loss']:.3f}", times,
+                      str(len(row["tasks"]))])
+    models = f"one seed each; the recipe: {len(whole)} seeds, {said(base, '.3f')} nats"
+    return Found("; ".join(text), models, {"rows": rows}, table)
+
+
+def draw_ablations(figure, data: dict) -> None:
+    axis = figure.subplots()
+    for row in data["rows"]:
+        if row["ratio"] is not None:
+            colour = "k" if row["label"] == "the recipe" else "C0"
+            axis.plot(row["loss"], row["ratio"], "o", color=colour)
+            axis.annotate(f" {row['label']}", (row["loss"], row["ratio"]), fontsize=7)
+    axis.set_yscale("log")
+    axis.set_xlabel("validation loss, nats a token")
+    axis.set_ylabel(f"edges at {AIM} nats, times the recipe's")
