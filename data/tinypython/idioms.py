@@ -164,10 +164,13 @@ GRAMMAR = {
     "formatted": {
         "$label: {$name}": 2, "$label {$name}": 2, "$label is {$name}": 1, "the {$name}": 1,
         "{$name} $label": 1, "$label: {$name}, {$name}": 1, "$label: {len($collection)}": 1,
-        "{$name} + {$name}": 1,
+        "{$name} + {$name}": 1, "the $words is {$name}": 2, "$words: {$name}": 1,
+        "$words {$name}": 1, "$sentence is {$name}": 1,
     },
     "unformatted": {
         "$label: $adjective": 1, "$label $verb": 1, "$label is $adjective": 1, "the $label": 1,
+        "the $words is $adjective": 1, "the $words is not $adjective": 1, "$words": 1,
+        "$sentence is not $adjective": 1,
     },
     # names and expressions
     "function": {
@@ -183,6 +186,9 @@ GRAMMAR = {
         "$noun": 4, "$variable": 5, "name": 1, "value": 1, "x": 1, "y": 1, "$field": 2,
         "$compound": 1,
     },
+    "accumulator": {
+        "$collection": 3, "$noun": 2, "$nouns": 2, "$name": 2, "$compound": 1, "all_$nouns": 1,
+    },
     "callee": {
         "print": 9, "log": 4, "$collection.append": 4, "$verb": 2, "logger.info": 1, "self.log": 1,
         "out.write": 1, "warn": 1, "queue.put": 1, "logger.error": 1,
@@ -196,7 +202,8 @@ GRAMMAR = {
     "condition": {
         "$name": 9, "not $name": 3, "$name $compare $value": 12, "$name == $bool": 3,
         "$name == None": 1, "$name in $collection": 4, "$name is None": 1, "$name is not None": 1,
-        "len($collection) > $number": 1, "$name and $name": 1, "$name % $number == 0": 1,
+        "len($collection) $compare $number": 2, "$name and $name": 1, "$name % $number == 0": 1,
+        "$name % $number == $number": 1,
         "$name.startswith($word)": 1, "$function($name)": 1,
     },
     # lines: never a comment alone, so that a body may consist of any of them
@@ -221,9 +228,13 @@ GRAMMAR = {
     "assign": {"$name = $value": 1, "$name = $expression": 1},
     "flag": {"$name = $bool": 5, "$name = None": 1},
     "augment": {"$name += $value": 2, "$name -= $number": 1, "$name *= $number": 1},
-    "swap": {"$name1, $name2 = $name2, $name1": 6, "$name1, $name2 = $number, $number": 1},
+    "swap": {
+        "$name1, $name2 = $name2, $name1": 6, "$letter1, $letter2 = $letter2, $letter1": 3,
+        "$attribute1, $attribute2 = $attribute2, $attribute1": 2,
+        "$name1, $name2 = $number, $number": 1,
+    },
     "ternary": {
-        "$name = $value if $name else $value": 6, "$name = $value if $condition else $value": 4,
+        "$name = $value if $name else $value": 4, "$name = $value if $condition else $value": 7,
     },
     "call": {
         "$name = $function($name, $value)": 1, "$function($name)": 1,
@@ -289,6 +300,9 @@ GRAMMAR = {
         "if $condition:\n    $body": 5, "if $condition:\n    $body\nelse:\n    $body": 4,
         "if $condition:\n    $body\nelif $condition:\n    $body": 3,
         "if $condition:\n    $body\nelif $condition:\n    $body\nelse:\n    $body": 5,
+        "if $condition:\n    $body\n$for\n    $body": 3,
+        "if $condition:\n    $body\n    $for\n        $body": 3,
+        "if $condition:\n    $body\n$name = $value if $condition else $value": 1,
     },
     "flagtest": {
         "if $name == $bool:\n    $body": 4, "$name1 = $bool\nif $name1 == $bool:\n    $body": 3,
@@ -316,12 +330,13 @@ GRAMMAR = {
         "$openfile": 2,
     },
     "idiom": {
-        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 3, "$fstring\n$fstring": 1,
-        "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$state": 1,
-        "$constants": 1, "$query": 2, "$brackets": 17, "$entries": 5, "$swap": 3, "$ternary": 3, "$call": 2, "$assign": 2,
+        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 4, "$fstring\n$fstring": 2,
+        "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
+        "$constants": 1, "$query": 2, "$brackets": 17, "$entries": 5, "$swap": 6,
+        "$ternary": 5, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
-        "$attempt": 2, "$openfile": 10, "$buildup": 13, "$oneliner": 2,
+        "$attempt": 2, "$openfile": 15, "$buildup": 20, "$oneliner": 2,
     },
     # what a program is about, beyond the tasks: so that lines do not repeat in billions of tokens
     "numeric": {
@@ -367,7 +382,7 @@ GRAMMAR = {
         "if all($item1.$field for $item1 in $collection):\n    $body": 1,
         "if $noun.$field $compare $value:\n    $body": 2,
     },
-    "state": {
+    "status": {
         "if $noun.status == $q1$state$q1:\n    $noun.status = $q1$state$q1": 2,
         "$noun.status = $q1$state$q1 if $condition else $q1$state$q1": 1,
         "state = {$q1$state$q1: $q1$state$q1, $q1$state$q1: $q1$state$q1}[state]": 1,
@@ -447,7 +462,7 @@ GRAMMAR = {
     },
     "main": {"if __name__ == $q1__main__$q1:\n    $body": 1},
     "piece": {
-        "$define": 10, "$klass": 3, "$idiom": 3, "$idiom\n$idiom": 2, "$idiom\n$idiom\n$idiom": 2,
+        "$define": 10, "$klass": 4, "$idiom": 3, "$idiom\n$idiom": 2, "$idiom\n$idiom\n$idiom": 2,
         "$search": 2, "$recursion": 1, "$typed": 1, "$generator": 1, "$test": 1, "$record": 1,
     },
 }
@@ -686,7 +701,7 @@ class Pen:
             path = self.pick(paths)
         else:
             path = self.fill("$q1$noun.$extension$q1")
-        if not (mode and self.chance(0.85)):  # or it does not
+        if not (mode and self.chance(0.95)):  # or it does not
             mode = self.pick(("", "", "r", "w"))
         quote = self.q()
         file = self.slot("file")
@@ -721,7 +736,7 @@ class Pen:
         kinds = ("set", "set", "set", "text", "text", "text", "list", "count", "dict")
         grown = {}
         for _ in range(self.pick((1, 1, 2))):
-            name = self.pick(ACCUMULATORS)
+            name = self.pick(ACCUMULATORS) if self.chance(0.6) else self.slot("accumulator")
             grown[name] = GROWN[self.pick(kinds)]
 
         lines = [f"{name} = {self.pick(start)}" for name, (start, _) in grown.items()]
@@ -755,6 +770,9 @@ class Pen:
             return [f"    if {test}:", f"        {line}"]
         if u < 0.45:
             return ["    $line", f"    {line}"]
+        if u < 0.55:
+            other = name + self.pick(growth)
+            return ["    if $condition:", f"        {line}", "    else:", f"        {other}"]
         return [f"    {line}"]
 
     def collected(self) -> str:
