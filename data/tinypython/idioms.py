@@ -98,6 +98,10 @@ write_path data_out report
 ANY_FILES = """
 path filename file_name file_path fname log_file data_path name csv_path target
 """.split()
+# Names made of two words, of which the first tells what the file is for.
+READ_STEMS = "in input src source read config template reader".split()
+WRITE_STEMS = "out output dst dest write target report log writer".split()
+FILE_SUFFIXES = "path file name data dir csv json text list".split()
 EXTENSIONS = "txt csv json log md py xml html dat ini".split()
 # What a loop builds up. `current` is the one that task set_or_string asks about.
 ACCUMULATORS = ["current"] * 12 + """
@@ -164,12 +168,12 @@ GRAMMAR = {
     "formatted": {
         "$label: {$name}": 2, "$label {$name}": 2, "$label is {$name}": 1, "the {$name}": 1,
         "{$name} $label": 1, "$label: {$name}, {$name}": 1, "$label: {len($collection)}": 1,
-        "{$name} + {$name}": 1, "the $words is {$name}": 2, "$words: {$name}": 1,
+        "{$name} + {$name}": 1, "the $words is {$name}": 4, "$words: {$name}": 1,
         "$words {$name}": 1, "$sentence is {$name}": 1,
     },
     "unformatted": {
         "$label: $adjective": 1, "$label $verb": 1, "$label is $adjective": 1, "the $label": 1,
-        "the $words is $adjective": 1, "the $words is not $adjective": 1, "$words": 1,
+        "the $words is $adjective": 2, "the $words is not $adjective": 2, "$words": 1,
         "$sentence is not $adjective": 1,
     },
     # names and expressions
@@ -202,13 +206,13 @@ GRAMMAR = {
     "condition": {
         "$name": 9, "not $name": 3, "$name $compare $value": 12, "$name == $bool": 3,
         "$name == None": 1, "$name in $collection": 4, "$name is None": 1, "$name is not None": 1,
-        "len($collection) $compare $number": 2, "$name and $name": 1, "$name % $number == 0": 1,
-        "$name % $number == $number": 1,
+        "len($collection) $compare $number": 4, "$name and $name": 1, "$name % $number == 0": 1,
+        "$name % $number == $number": 2,
         "$name.startswith($word)": 1, "$function($name)": 1,
     },
     # lines: never a comment alone, so that a body may consist of any of them
     "line": {
-        "$say": 12, "$assign": 5, "$flag": 4, "$augment": 1, "$swap": 3, "$ternary": 2, "$call": 3,
+        "$say": 12, "$assign": 5, "$flag": 4, "$augment": 1, "$swap": 4, "$ternary": 2, "$call": 3,
         "$fstring": 3, "$method": 1, "$comprehension": 1, "$sort": 2, "$remark\n$assign": 1,
         "assert $condition": 1,
     },
@@ -229,8 +233,9 @@ GRAMMAR = {
     "flag": {"$name = $bool": 5, "$name = None": 1},
     "augment": {"$name += $value": 2, "$name -= $number": 1, "$name *= $number": 1},
     "swap": {
-        "$name1, $name2 = $name2, $name1": 6, "$letter1, $letter2 = $letter2, $letter1": 3,
+        "$name1, $name2 = $name2, $name1": 6, "$letter1, $letter2 = $letter2, $letter1": 5,
         "$attribute1, $attribute2 = $attribute2, $attribute1": 2,
+        "$name1, $name2, $name3 = $name2, $name3, $name1": 1,
         "$name1, $name2 = $number, $number": 1,
     },
     "ternary": {
@@ -330,13 +335,13 @@ GRAMMAR = {
         "$openfile": 2,
     },
     "idiom": {
-        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 4, "$fstring\n$fstring": 2,
+        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 6, "$fstring\n$fstring": 3,
         "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
-        "$constants": 1, "$query": 2, "$brackets": 17, "$entries": 5, "$swap": 6,
-        "$ternary": 5, "$call": 2, "$assign": 2,
+        "$constants": 1, "$query": 2, "$brackets": 20, "$entries": 6, "$swap": 12,
+        "$ternary": 8, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
-        "$attempt": 2, "$openfile": 15, "$buildup": 20, "$oneliner": 2,
+        "$attempt": 2, "$openfile": 18, "$buildup": 22, "$oneliner": 2,
     },
     # what a program is about, beyond the tasks: so that lines do not repeat in billions of tokens
     "numeric": {
@@ -696,9 +701,11 @@ class Pen:
 
     def openfile(self) -> str:
         """`with open(...) as f:` or `f = open(...)`; the name of the file tells the mode."""
-        paths, mode = self.pick(((READ_FILES, "r"), (WRITE_FILES, "w"), (ANY_FILES, "")))
-        if mode or self.chance(0.6):
-            path = self.pick(paths)
+        mode = self.pick(("r", "r", "w", "w", ""))
+        if mode:
+            path = self.telling_name(mode)
+        elif self.chance(0.6):
+            path = self.pick(ANY_FILES)
         else:
             path = self.fill("$q1$noun.$extension$q1")
         if not (mode and self.chance(0.95)):  # or it does not
@@ -728,6 +735,13 @@ class Pen:
         close = f"\n{file}.close()" if u < 0.9 else ""
         return self.fill(f"{file} = {opened}\n{use}{close}")
 
+    def telling_name(self, mode: str) -> str:
+        """A variable for a file to read (`r`) or to write (`w`)."""
+        if self.chance(0.5):
+            return self.pick(READ_FILES if mode == "r" else WRITE_FILES)
+        stem = self.pick(READ_STEMS if mode == "r" else WRITE_STEMS)
+        return f"{stem}_{self.pick(FILE_SUFFIXES) if self.chance(0.6) else self.slot('noun')}"
+
     def buildup(self, returned: bool = False) -> str:
         """One or two variables, set up here and grown in a loop some lines later.
 
@@ -735,7 +749,7 @@ class Pen:
         """
         kinds = ("set", "set", "set", "text", "text", "text", "list", "count", "dict")
         grown = {}
-        for _ in range(self.pick((1, 1, 2))):
+        for _ in range(self.pick((1, 2, 2))):
             name = self.pick(ACCUMULATORS) if self.chance(0.6) else self.slot("accumulator")
             grown[name] = GROWN[self.pick(kinds)]
 
