@@ -169,12 +169,14 @@ GRAMMAR = {
         "$label: {$name}": 2, "$label {$name}": 2, "$label is {$name}": 1, "the {$name}": 1,
         "{$name} $label": 1, "$label: {$name}, {$name}": 1, "$label: {len($collection)}": 1,
         "{$name} + {$name}": 1, "the $words is {$name}": 4, "$words: {$name}": 1,
-        "$words {$name}": 1, "$sentence is {$name}": 1,
+        "$words {$name}": 1, "$sentence is {$name}": 1, "the $words $words is {$name}": 2,
+        "$sentence $words is {$name}": 1,
     },
     "unformatted": {
         "$label: $adjective": 1, "$label $verb": 1, "$label is $adjective": 1, "the $label": 1,
         "the $words is $adjective": 2, "the $words is not $adjective": 2, "$words": 1,
-        "$sentence is not $adjective": 1,
+        "$sentence is not $adjective": 1, "the $words $words is $adjective": 1,
+        "$sentence $words is not $adjective": 1,
     },
     # names and expressions
     "function": {
@@ -212,7 +214,7 @@ GRAMMAR = {
     },
     # lines: never a comment alone, so that a body may consist of any of them
     "line": {
-        "$say": 12, "$assign": 5, "$flag": 4, "$augment": 1, "$swap": 4, "$ternary": 2, "$call": 3,
+        "$say": 12, "$assign": 5, "$flag": 4, "$augment": 1, "$swap": 6, "$ternary": 2, "$call": 3,
         "$fstring": 3, "$method": 1, "$comprehension": 1, "$sort": 2, "$remark\n$assign": 1,
         "assert $condition": 1,
     },
@@ -235,6 +237,9 @@ GRAMMAR = {
     "swap": {
         "$name1, $name2 = $name2, $name1": 6, "$letter1, $letter2 = $letter2, $letter1": 5,
         "$attribute1, $attribute2 = $attribute2, $attribute1": 2,
+        "$item1, $item2 = $item2, $item1": 1, "$name1, $name2 = $name2, $name1 $op $name2": 3,
+        "$letter1, $letter2 = $letter2, $letter1 % $letter2": 1,
+        "$letter1, $letter2 = $letter2, $letter1 + $letter2": 1,
         "$name1, $name2, $name3 = $name2, $name3, $name1": 1,
         "$name1, $name2 = $number, $number": 1,
     },
@@ -243,7 +248,8 @@ GRAMMAR = {
     },
     "call": {
         "$name = $function($name, $value)": 1, "$function($name)": 1,
-        "$function($name, $attribute=$value)": 1, "$name = $function($flat)": 1,
+        "$function($name, $attribute=$value)": 1, "$function($name1=$name1, $name2=$name2)": 1,
+        "$name = $function($flat)": 1,
         "$collection.append($name)": 1, "$collection.sort()": 1, "$name.$function()": 1,
         "print($name)": 1, "print($name, $name)": 1,
     },
@@ -291,7 +297,10 @@ GRAMMAR = {
         "for key, value in $collection.items():": 1, "for k, v in $collection.items():": 1,
         "for $letter1, $letter2 in zip($collection, $collection):": 1, "for $letter in $nest:": 1,
     },
-    "loop": {"$for\n    $body": 1},
+    "loop": {
+        "$for\n    $body": 12,
+        "for $index in range($number):\n    $letter1, $letter2 = $letter2, $letter1 + $letter2": 1,
+    },
     "while": {
         "while $name1:\n    $body\n    $name1 $step": 4,
         "while $name1 $compare $value:\n    $body\n    $name1 $step": 3,
@@ -299,6 +308,7 @@ GRAMMAR = {
         "while not $name1:\n    $body\n    $name1 = $function($name1)": 1,
         "while True:\n    $body\n    if $condition:\n        break": 2,
         "while $name:\n    $body": 2,
+        "while $letter2:\n    $letter1, $letter2 = $letter2, $letter1 % $letter2": 1,
     },
     "step": {"-= 1": 2, "+= $number": 1, "= $function($name)": 1},
     "branch": {
@@ -308,6 +318,8 @@ GRAMMAR = {
         "if $condition:\n    $body\n$for\n    $body": 3,
         "if $condition:\n    $body\n    $for\n        $body": 3,
         "if $condition:\n    $body\n$name = $value if $condition else $value": 1,
+        "if $name1 > $name2:\n    $name1, $name2 = $name2, $name1": 2,
+        "if $letter1 < $letter2:\n    $letter1, $letter2 = $letter2, $letter1": 1,
     },
     "flagtest": {
         "if $name == $bool:\n    $body": 4, "$name1 = $bool\nif $name1 == $bool:\n    $body": 3,
@@ -335,9 +347,9 @@ GRAMMAR = {
         "$openfile": 2,
     },
     "idiom": {
-        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 6, "$fstring\n$fstring": 3,
+        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 8, "$fstring\n$fstring": 4,
         "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
-        "$constants": 1, "$query": 2, "$brackets": 20, "$entries": 6, "$swap": 12,
+        "$constants": 1, "$query": 2, "$brackets": 20, "$entries": 6, "$swap": 18,
         "$ternary": 8, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
