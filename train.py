@@ -63,7 +63,8 @@ class TrainConfig:
     afrac: float = bounded(0.25, at_least=0, at_most=1)  # share that AbsTopK keeps; 0 = off
     afrac_loctypes: str = ",".join(SITES.values())       # where, by the published names
     sink: bool = True
-    positions: str = one_of("none", "added", "concat")  # concat: d_pos_emb channels at each read
+    # concat: d_pos_emb learnt channels beside each read; sinusoids: the same, fixed
+    positions: str = one_of("none", "added", "concat", "sinusoids")
     d_pos_emb: int = 16
     # learned from zero; or counted on the data, and then fixed or learned further
     bigram: str = one_of("learned", "none", "counts", "refined")
@@ -100,6 +101,7 @@ class TrainConfig:
 
 CPP_COMPILERS = ("g++", "clang++", "c++")  # what torch.compile looks for
 COUNTED = ("counts", "refined")  # bigram tables that start from the data's counts
+BESIDE = ("concat", "sinusoids")  # positions that stand beside each read
 TINYPYTHON_VOCAB = 2048  # of our tokenizer and of the published models
 # Above so many tokens the counted bigram table takes gigabytes: evaluation then does without.
 LARGEST_TABLE = 8192
@@ -125,7 +127,7 @@ def check_run(cfg: TrainConfig, world: int) -> None:
     if cfg.batch_size % (world * cfg.grad_accum):
         die(f"batch_size {cfg.batch_size} is not a multiple of {world} processes x "
             f"{cfg.grad_accum} micro-steps")
-    if cfg.positions == "concat" and cfg.d_pos_emb < 1:
+    if cfg.positions in BESIDE and cfg.d_pos_emb < 1:
         die(f"d_pos_emb must be at least 1 where positions are concatenated, not {cfg.d_pos_emb}")
 
 
@@ -175,7 +177,8 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
         block_size=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, d_model=cfg.d_model,
         n_head=cfg.n_head or cfg.d_model // cfg.d_head, d_head=cfg.d_head, d_mlp=cfg.d_mlp or None,
         afrac=cfg.afrac or None, afrac_loctypes=cfg.afrac_loctypes,
-        d_pos_emb=cfg.d_pos_emb if cfg.positions == "concat" else None,
+        d_pos_emb=cfg.d_pos_emb if cfg.positions in BESIDE else None,
+        sinusoidal_cat_pos_emb=cfg.positions == "sinusoids",
         enable_bigram_table=cfg.bigram != "none",
         learnable_bigram_table=cfg.bigram in ("learned", "refined"),
         rms_norm=True, tied_unembed=False, sink=cfg.sink, grad_checkpointing=cfg.grad_checkpointing)

@@ -12,7 +12,7 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from data.tinypython.tokenizer import (
     DEFAULT, EOT, EOT_ID, PATTERN, load_tokenizer, tokenizer_hash, tokenizer_in)
 from config import sole_user
 from model import GPT, GPTConfig
-from tasks import load_model
+from tasks import TASKS, load_model
 from tokens import count_bigrams, fingerprint, read_bigrams, read_data
 
 ROOT = Path(__file__).resolve().parent.parent / "data" / "tinypython"
@@ -368,6 +368,17 @@ def test_every_answer_occurs_in_the_programs(tokenizer, sample, task):
     counts = Counter(i for ids in tokenizer.encode_ordinary_batch(sample) for i in ids)
     for text in ANSWERS[task]:
         assert counts[tokenizer.encode_ordinary(text)[0]] >= 50, text
+
+
+def test_no_prompt_of_a_task_stands_in_the_programs(sample):
+    by_first_line = {}  # each prompt opens with a function's header, so that few have to be looked for
+    for task in TASKS.values():
+        rng = random.Random(task.name)
+        for prompt in chain.from_iterable(task.prompts(rng) for _ in range(1000)):
+            by_first_line.setdefault(prompt.split("\n")[0], []).append(prompt)
+    looked_for = [(text, prompt) for text in sample for line in text.split("\n") for prompt in by_first_line.get(line, ())]
+    assert [prompt for text, prompt in looked_for if prompt in text] == []
+    assert looked_for  # some headers do come
 
 
 # ---------------------------------------------------------------- prepare.py

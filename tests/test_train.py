@@ -783,6 +783,7 @@ def test_a_run_directory_is_a_published_model_and_its_own_config(data, straight,
 
 @pytest.mark.parametrize("over", [
     dict(dtype="bfloat16"), dict(grad_rms="normalize"), dict(grad_rms="clip"), dict(positions="added"),
+    dict(positions="sinusoids", d_pos_emb=4),
     dict(positions="concat", d_pos_emb=4), dict(bigram="none", sink="false"), dict(grad_checkpointing="true"), dict(n_head=3, d_mlp=24),
 ], ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_option_trains_saves_and_resumes(data, tmp_path, monkeypatch, over):
@@ -916,7 +917,8 @@ def test_data_of_one_block_and_one_target_are_enough(tmp_path):
     (dict(anneal_end=0), "anneal_end"), (dict(anneal_end=1.5), "anneal_end"), (dict(anneal_start=0.6), "anneal_start"),
     (dict(anneal_start="nan"), "anneal_start"), (dict(save_interval=0), "save_interval"), (dict(log_interval=0), "log_interval"),
     (dict(eval_interval=-1), "eval_interval"), (dict(eval_tokens=0), "eval_tokens"), (dict(seed=-1), "seed"),
-    (dict(positions="concat", d_pos_emb=0), "d_pos_emb"), (dict(positions="concat", d_pos_emb=-4), "d_pos_emb"),
+    (dict(positions="concat", d_pos_emb=0), "d_pos_emb"), (dict(positions="sinusoids", d_pos_emb=0), "d_pos_emb"),
+    (dict(positions="concat", d_pos_emb=-4), "d_pos_emb"),
     (dict(min_per_neuron=-1), "min_per_neuron"), (dict(out_dir=""), "out_dir"),
     (dict(n_layer="one"), "n_layer"), (dict(lr="fast"), "lr"), (dict(sink="maybe"), "sink"),  # mistyped
     (dict(d_modle=16), "'d_model'"), (dict(learning_rate=0.1), "learning_rate"),  # unknown

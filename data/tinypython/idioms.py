@@ -98,6 +98,10 @@ write_path data_out report
 ANY_FILES = """
 path filename file_name file_path fname log_file data_path name csv_path target
 """.split()
+# Names made of two words, of which the first tells what the file is for.
+READ_STEMS = "in input src source read config template reader".split()
+WRITE_STEMS = "out output dst dest write target report log writer".split()
+FILE_SUFFIXES = "path file name data dir csv json text list".split()
 EXTENSIONS = "txt csv json log md py xml html dat ini".split()
 # What a loop builds up. `current` is the one that task set_or_string asks about.
 ACCUMULATORS = ["current"] * 12 + """
@@ -164,10 +168,15 @@ GRAMMAR = {
     "formatted": {
         "$label: {$name}": 2, "$label {$name}": 2, "$label is {$name}": 1, "the {$name}": 1,
         "{$name} $label": 1, "$label: {$name}, {$name}": 1, "$label: {len($collection)}": 1,
-        "{$name} + {$name}": 1,
+        "{$name} + {$name}": 1, "the $words is {$name}": 4, "$words: {$name}": 1,
+        "$words {$name}": 1, "$sentence is {$name}": 1, "the $words $words is {$name}": 2,
+        "$sentence $words is {$name}": 1,
     },
     "unformatted": {
         "$label: $adjective": 1, "$label $verb": 1, "$label is $adjective": 1, "the $label": 1,
+        "the $words is $adjective": 2, "the $words is not $adjective": 2, "$words": 1,
+        "$sentence is not $adjective": 1, "the $words $words is $adjective": 1,
+        "$sentence $words is not $adjective": 1,
     },
     # names and expressions
     "function": {
@@ -183,6 +192,9 @@ GRAMMAR = {
         "$noun": 4, "$variable": 5, "name": 1, "value": 1, "x": 1, "y": 1, "$field": 2,
         "$compound": 1,
     },
+    "accumulator": {
+        "$collection": 3, "$noun": 2, "$nouns": 2, "$name": 2, "$compound": 1, "all_$nouns": 1,
+    },
     "callee": {
         "print": 9, "log": 4, "$collection.append": 4, "$verb": 2, "logger.info": 1, "self.log": 1,
         "out.write": 1, "warn": 1, "queue.put": 1, "logger.error": 1,
@@ -196,12 +208,13 @@ GRAMMAR = {
     "condition": {
         "$name": 9, "not $name": 3, "$name $compare $value": 12, "$name == $bool": 3,
         "$name == None": 1, "$name in $collection": 4, "$name is None": 1, "$name is not None": 1,
-        "len($collection) > $number": 1, "$name and $name": 1, "$name % $number == 0": 1,
+        "len($collection) $compare $number": 4, "$name and $name": 1, "$name % $number == 0": 1,
+        "$name % $number == $number": 2,
         "$name.startswith($word)": 1, "$function($name)": 1,
     },
     # lines: never a comment alone, so that a body may consist of any of them
     "line": {
-        "$say": 12, "$assign": 5, "$flag": 4, "$augment": 1, "$swap": 3, "$ternary": 2, "$call": 3,
+        "$say": 12, "$assign": 5, "$flag": 4, "$augment": 1, "$swap": 6, "$ternary": 2, "$call": 3,
         "$fstring": 3, "$method": 1, "$comprehension": 1, "$sort": 2, "$remark\n$assign": 1,
         "assert $condition": 1,
     },
@@ -221,13 +234,22 @@ GRAMMAR = {
     "assign": {"$name = $value": 1, "$name = $expression": 1},
     "flag": {"$name = $bool": 5, "$name = None": 1},
     "augment": {"$name += $value": 2, "$name -= $number": 1, "$name *= $number": 1},
-    "swap": {"$name1, $name2 = $name2, $name1": 6, "$name1, $name2 = $number, $number": 1},
+    "swap": {
+        "$name1, $name2 = $name2, $name1": 6, "$letter1, $letter2 = $letter2, $letter1": 5,
+        "$attribute1, $attribute2 = $attribute2, $attribute1": 2,
+        "$item1, $item2 = $item2, $item1": 1, "$name1, $name2 = $name2, $name1 $op $name2": 3,
+        "$letter1, $letter2 = $letter2, $letter1 % $letter2": 1,
+        "$letter1, $letter2 = $letter2, $letter1 + $letter2": 1,
+        "$name1, $name2, $name3 = $name2, $name3, $name1": 1,
+        "$name1, $name2 = $number, $number": 1,
+    },
     "ternary": {
-        "$name = $value if $name else $value": 6, "$name = $value if $condition else $value": 4,
+        "$name = $value if $name else $value": 4, "$name = $value if $condition else $value": 7,
     },
     "call": {
         "$name = $function($name, $value)": 1, "$function($name)": 1,
-        "$function($name, $attribute=$value)": 1, "$name = $function($flat)": 1,
+        "$function($name, $attribute=$value)": 1, "$function($name1=$name1, $name2=$name2)": 1,
+        "$name = $function($flat)": 1,
         "$collection.append($name)": 1, "$collection.sort()": 1, "$name.$function()": 1,
         "print($name)": 1, "print($name, $name)": 1,
     },
@@ -275,7 +297,10 @@ GRAMMAR = {
         "for key, value in $collection.items():": 1, "for k, v in $collection.items():": 1,
         "for $letter1, $letter2 in zip($collection, $collection):": 1, "for $letter in $nest:": 1,
     },
-    "loop": {"$for\n    $body": 1},
+    "loop": {
+        "$for\n    $body": 12,
+        "for $index in range($number):\n    $letter1, $letter2 = $letter2, $letter1 + $letter2": 1,
+    },
     "while": {
         "while $name1:\n    $body\n    $name1 $step": 4,
         "while $name1 $compare $value:\n    $body\n    $name1 $step": 3,
@@ -283,12 +308,18 @@ GRAMMAR = {
         "while not $name1:\n    $body\n    $name1 = $function($name1)": 1,
         "while True:\n    $body\n    if $condition:\n        break": 2,
         "while $name:\n    $body": 2,
+        "while $letter2:\n    $letter1, $letter2 = $letter2, $letter1 % $letter2": 1,
     },
     "step": {"-= 1": 2, "+= $number": 1, "= $function($name)": 1},
     "branch": {
         "if $condition:\n    $body": 5, "if $condition:\n    $body\nelse:\n    $body": 4,
         "if $condition:\n    $body\nelif $condition:\n    $body": 3,
         "if $condition:\n    $body\nelif $condition:\n    $body\nelse:\n    $body": 5,
+        "if $condition:\n    $body\n$for\n    $body": 3,
+        "if $condition:\n    $body\n    $for\n        $body": 3,
+        "if $condition:\n    $body\n$name = $value if $condition else $value": 1,
+        "if $name1 > $name2:\n    $name1, $name2 = $name2, $name1": 2,
+        "if $letter1 < $letter2:\n    $letter1, $letter2 = $letter2, $letter1": 1,
     },
     "flagtest": {
         "if $name == $bool:\n    $body": 4, "$name1 = $bool\nif $name1 == $bool:\n    $body": 3,
@@ -316,12 +347,13 @@ GRAMMAR = {
         "$openfile": 2,
     },
     "idiom": {
-        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 3, "$fstring\n$fstring": 1,
-        "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$state": 1,
-        "$constants": 1, "$query": 2, "$brackets": 17, "$entries": 5, "$swap": 3, "$ternary": 3, "$call": 2, "$assign": 2,
+        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 8, "$fstring\n$fstring": 4,
+        "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
+        "$constants": 1, "$query": 2, "$brackets": 20, "$entries": 6, "$swap": 18,
+        "$ternary": 8, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
-        "$attempt": 2, "$openfile": 10, "$buildup": 13, "$oneliner": 2,
+        "$attempt": 2, "$openfile": 18, "$buildup": 22, "$oneliner": 2,
     },
     # what a program is about, beyond the tasks: so that lines do not repeat in billions of tokens
     "numeric": {
@@ -367,7 +399,7 @@ GRAMMAR = {
         "if all($item1.$field for $item1 in $collection):\n    $body": 1,
         "if $noun.$field $compare $value:\n    $body": 2,
     },
-    "state": {
+    "status": {
         "if $noun.status == $q1$state$q1:\n    $noun.status = $q1$state$q1": 2,
         "$noun.status = $q1$state$q1 if $condition else $q1$state$q1": 1,
         "state = {$q1$state$q1: $q1$state$q1, $q1$state$q1: $q1$state$q1}[state]": 1,
@@ -447,7 +479,7 @@ GRAMMAR = {
     },
     "main": {"if __name__ == $q1__main__$q1:\n    $body": 1},
     "piece": {
-        "$define": 10, "$klass": 3, "$idiom": 3, "$idiom\n$idiom": 2, "$idiom\n$idiom\n$idiom": 2,
+        "$define": 10, "$klass": 4, "$idiom": 3, "$idiom\n$idiom": 2, "$idiom\n$idiom\n$idiom": 2,
         "$search": 2, "$recursion": 1, "$typed": 1, "$generator": 1, "$test": 1, "$record": 1,
     },
 }
@@ -681,12 +713,14 @@ class Pen:
 
     def openfile(self) -> str:
         """`with open(...) as f:` or `f = open(...)`; the name of the file tells the mode."""
-        paths, mode = self.pick(((READ_FILES, "r"), (WRITE_FILES, "w"), (ANY_FILES, "")))
-        if mode or self.chance(0.6):
-            path = self.pick(paths)
+        mode = self.pick(("r", "r", "w", "w", ""))
+        if mode:
+            path = self.telling_name(mode)
+        elif self.chance(0.6):
+            path = self.pick(ANY_FILES)
         else:
             path = self.fill("$q1$noun.$extension$q1")
-        if not (mode and self.chance(0.85)):  # or it does not
+        if not (mode and self.chance(0.95)):  # or it does not
             mode = self.pick(("", "", "r", "w"))
         quote = self.q()
         file = self.slot("file")
@@ -713,6 +747,13 @@ class Pen:
         close = f"\n{file}.close()" if u < 0.9 else ""
         return self.fill(f"{file} = {opened}\n{use}{close}")
 
+    def telling_name(self, mode: str) -> str:
+        """A variable for a file to read (`r`) or to write (`w`)."""
+        if self.chance(0.5):
+            return self.pick(READ_FILES if mode == "r" else WRITE_FILES)
+        stem = self.pick(READ_STEMS if mode == "r" else WRITE_STEMS)
+        return f"{stem}_{self.pick(FILE_SUFFIXES) if self.chance(0.6) else self.slot('noun')}"
+
     def buildup(self, returned: bool = False) -> str:
         """One or two variables, set up here and grown in a loop some lines later.
 
@@ -720,8 +761,8 @@ class Pen:
         """
         kinds = ("set", "set", "set", "text", "text", "text", "list", "count", "dict")
         grown = {}
-        for _ in range(self.pick((1, 1, 2))):
-            name = self.pick(ACCUMULATORS)
+        for _ in range(self.pick((1, 2, 2))):
+            name = self.pick(ACCUMULATORS) if self.chance(0.6) else self.slot("accumulator")
             grown[name] = GROWN[self.pick(kinds)]
 
         lines = [f"{name} = {self.pick(start)}" for name, (start, _) in grown.items()]
@@ -755,6 +796,9 @@ class Pen:
             return [f"    if {test}:", f"        {line}"]
         if u < 0.45:
             return ["    $line", f"    {line}"]
+        if u < 0.55:
+            other = name + self.pick(growth)
+            return ["    if $condition:", f"        {line}", "    else:", f"        {other}"]
         return [f"    {line}"]
 
     def collected(self) -> str:
