@@ -56,7 +56,7 @@ $(OUT)/finished: $(DATA)/meta.json
 	@touch $@
 
 $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
-	@echo "== 3/4 prune to the circuit of $(TASK) (two minutes)"
+	@echo "== 3/4 prune to the circuit of $(TASK) (one to five minutes)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
 
 bridge: $(STEERED:%=$(BRIDGE)/steer/%/steer.json)

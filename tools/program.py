@@ -1,7 +1,7 @@
 """A circuit written down as a program: a few dozen lines of numpy that run by themselves.
 
     python -m tools.program out/demo/single_double_quote/circuit.json
-    python out/demo/single_double_quote/program.py 'print("hello'
+    python out/demo/single_double_quote/program.py 'print("the total'
     python -m tools.program out/demo     # every task's circuit there, then a table
 
 - One line a node, with its inputs and weights; a head is one expression. What is held at its mean
