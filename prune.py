@@ -4,8 +4,9 @@
 - A ranking of the nodes by learned masks (masks.py, paper A.5), from several seeds; or by
   attribution, to compare with (Fig. 31).
 - Bisection for the fewest leading nodes that meet the target; with --minimal, minimise.py leaves
-  no node or edge more than that needs. Of the seeds' circuits the smallest counts that also holds
-  on pairs set apart, within a standard error. Then what circuit.py measures.
+  no node or edge more than that needs. Then what the starts found is joined, and made minimal on
+  more pairs; of all these circuits the smallest counts that also holds on pairs set apart. What
+  circuit.py measures goes into the file.
 
     python prune.py --model=out/demo --task=single_double_quote
     python prune.py --model=out/demo --task=all --minimal --jobs=2

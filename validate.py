@@ -39,8 +39,8 @@ from prune import HELD_OUT, PruneConfig, in_processes, result_or_reason
 from tasks import Pairs, Task, load_model, load_pairs, task_of
 from tokens import check_tokenizer, window_of
 
-# What the verdict asks for, each stated beside its number.
-# (HELD_OUT of prune.py is what held-out pairs may put a circuit above its target)
+# What the verdict asks for, each stated beside its number. Held-out pairs may put a circuit above
+# its target by HELD_OUT of prune.py.
 # Nats that the model loses without it, recalibrated, where a coin flip loses 0.693: two mechanisms
 # for a task leave each other's logits tilted, and only that would look like a need.
 NECESSARY = 0.35
