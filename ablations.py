@@ -16,10 +16,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import Circuit, Edges, Nodes, ablate, alone, held_at, twin, where_held, without_edges
+from circuit import Circuit, Nodes, ablate, alone, held_at, twin, where_held, without_edges
 from model import GPT, NodeFn, record
-from tasks import (Pairs, calibrate, calibrated, last_logits, loss_of, margin_of,
-                   unembed_last)
+from tasks import (Pairs, calibrate, calibrated, last_logits, loss_of, margin_of, unembed_last)
 
 VARIED = ("resample_task", "complement", "frozen_norms")
 HALVES = 2  # of the rest awake, where a circuit is judged while it is made: a few must do
@@ -75,7 +74,7 @@ def awake(kept: Tensor, generator: torch.Generator) -> Tensor:
 def half_awake(circuit: Circuit, generator: torch.Generator) -> Circuit:
     """A circuit and a random half of all nodes and edges outside it."""
     mask = {site: awake(m, generator) for site, m in circuit.mask.items()}
-    edges: Edges = {ends: awake(kept, generator) for ends, kept in circuit.edges.items()}
+    edges = {ends: awake(kept, generator) for ends, kept in circuit.edges.items()}
     return replace(circuit, mask=mask, edges=edges)
 
 
@@ -144,7 +143,9 @@ class Varied:
         self.constants = constants
         self.donors = donors
         self.kinds = VARIED
-        if not model.config.rms_norm:  # a LayerNorm cannot be told
+        if model.config.rms_norm:
+            self.stiff = Stiff(whole, model)
+        else:  # a LayerNorm cannot be told
             self.kinds = tuple(kind for kind in VARIED if kind != "frozen_norms")
 
     def logits(self, kind: str, generator: torch.Generator, pairs: Pairs, gates: Nodes) -> Tensor:
@@ -154,7 +155,7 @@ class Varied:
             values = donated(self.whole, pairs, self.donors, gates, generator)
             return last_logits(self.model, pairs, exchange(gates, values))
         if kind == "frozen_norms":
-            return Stiff(self.whole, self.model).logits(pairs, ablate(gates, self.constants))
+            return self.stiff.logits(pairs, ablate(gates, self.constants))
         gates = {site: torch.where(awake(g > 0, generator) & (g == 0), 1.0, g)
                  for site, g in gates.items()}
         return last_logits(self.model, pairs, ablate(gates, self.constants))

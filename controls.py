@@ -25,13 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ablations import Varied
 from circuit import Nodes, alone, host
 from masks import Gates
 from minimise import Search, reduce_to
 from model import GPT
 from ops import keep_largest_
-from prune import SLACKS, PruneConfig, constants_of, discretise, rank, smallest
+from prune import (SLACKS, PruneConfig, constants_of, discretise, quiet, rank, smallest,
+                   varied_for)
 from tasks import TASKS, Pairs, Task, answer_ids, calibrated, loss_of
 
 MORE_STEPS = (1, 3, 9)  # times the circuit's own: until the target is met or the loss is flat
@@ -253,9 +253,7 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
     fit = setting.train.first(settings.fit_pairs)
     model = host(setting.model, settings.standalone)
     gates = Gates(model, settings.tie_qk)
-    varied = None
-    if settings.varied:
-        varied = Varied(model, setting.model, setting.constants, setting.train)
+    varied = varied_for(settings, model, setting.model, setting.constants, setting.train)
     search = Search(model, setting.constants, fit, settings.tie_qk, varied=varied)
     curve = []
     for times in MORE_STEPS:
@@ -285,10 +283,6 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
         "curve": curve,
         "loss_at_size": reduce_to(search, circuit, n_edges).loss,
     }
-
-
-def quiet(text: str) -> None:
-    """In place of the lines that pruning prints."""
 
 
 class Factor(NamedTuple):

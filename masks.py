@@ -110,7 +110,7 @@ def lr_at(step: int, cfg: MaskConfig) -> float:
 
 
 # Pairs and a gate per node and site -> the last tokens' logits, (2n, vocab).
-Run = Callable[[Pairs, Nodes], Tensor]
+Forward = Callable[[Pairs, Nodes], Tensor]
 
 
 def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: MaskConfig,
@@ -181,7 +181,7 @@ def progress(step: int, cfg: MaskConfig, loss: float, n_open: int, clock: float)
 
 
 def runs_of(model: GPT, constants: Nodes, varied: Varied | None,
-            generator: torch.Generator) -> dict[str, Run]:
+            generator: torch.Generator) -> dict[str, Forward]:
     """What gates are learnt under, by turns."""
     runs = {"mean": partial(run_at, model, constants)}
     if varied is not None:
@@ -195,7 +195,7 @@ def run_at(model: GPT, constants: Nodes, pairs: Pairs, gates: Nodes) -> Tensor:
     return run_to_last(model, pairs, ablate(gates, constants))
 
 
-def wanted_open(tau: Tensor, run: Run, batch: Pairs, gates: Gates) -> Tensor:
+def wanted_open(tau: Tensor, run: Forward, batch: Pairs, gates: Gates) -> Tensor:
     """Nats by which opening each gate further would lower the loss, to first order; tau's shape.
 
     As the gates are, without `close_astray`: a path of which one gate has closed would be closed
@@ -233,7 +233,7 @@ def close_astray(model: GPT, gate: Tensor, gates: Gates, answers: list[int]) -> 
     return gate - astray
 
 
-def gate_gradient(run: Run, pairs: Pairs, gates: Gates, gate: Tensor) -> tuple[float, Tensor]:
+def gate_gradient(run: Forward, pairs: Pairs, gates: Gates, gate: Tensor) -> tuple[float, Tensor]:
     """The task loss in nats and its gradient by each gate, (n_nodes,)."""
     gate = gate.detach().requires_grad_()
     tokens = 2 * pairs.ids.shape[1]  # of a pair

@@ -18,14 +18,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ablations import Stiff, Varied, donated, exchange, half_awake
+from ablations import Stiff, donated, exchange, half_awake
 from circuit import (FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held,
                      without_edges)
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
 from minimise import Search, parts_of
 from model import GPT
-from prune import PruneConfig
+from prune import PruneConfig, varied_for
 from tasks import (Pairs, Task, calibrate, calibrated, fitting_batches, last_logits, load_pairs,
                    loss_of, margin_of, margins, rows_at_once)
 from tokens import random_windows
@@ -373,9 +373,7 @@ def idle(case: Case) -> dict:
     """
     settings = case.settings
     model = host(case.model, case.circuit.standalone)
-    varied = None
-    if settings.varied:
-        varied = Varied(model, case.model, case.constants, case.train)
+    varied = varied_for(settings, model, case.model, case.constants, case.train)
     search = Search(model, case.constants, case.fit, settings.tie_qk, whole=case.model,
                     varied=varied)
     limit = settings.target_loss[0] if case.limit is None else case.limit

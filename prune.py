@@ -114,6 +114,16 @@ def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
     return {site: zeros(model.config.site_width(site)) for site in model.sites}
 
 
+def varied_for(cfg: PruneConfig, model: GPT, whole: GPT, constants: Nodes,
+               pairs: Pairs) -> Varied | None:
+    """The other ablations that the config asks for; None where it is content with the constants."""
+    return Varied(model, whole, constants, pairs) if cfg.varied else None
+
+
+def quiet(text: str) -> None:
+    """In place of the lines that pruning prints."""
+
+
 # --- from a ranking to a circuit -------------------------------------------------------------
 
 @dataclass
@@ -217,7 +227,7 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
     whole = model  # must miss the circuit, whatever that runs in
     model = host(whole, cfg.standalone)
     gates = Gates(model, cfg.tie_qk)
-    varied = Varied(model, whole, constants, pairs) if cfg.varied else None
+    varied = varied_for(cfg, model, whole, constants, pairs)
     rankings = []
     for start in range(cfg.starts if cfg.method == "learned" else 1):
         seed = cfg.seed + NEXT_START * start
@@ -228,7 +238,7 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
 
     for target in cfg.target_loss:
         few = search_on(cfg.fit_pairs)
-        many = search_on(min(cfg.join_pairs, len(pairs)))
+        many = search_on(cfg.join_pairs) if cfg.minimal else few  # only minimal ones are joined
         circuit = best_start(few, many, gates, rankings, apart, target, cfg, say)
         yield replace(circuit, standalone=cfg.standalone)
 
@@ -486,6 +496,13 @@ def prune_all(cfg: PruneConfig) -> None:
         die("no task has a circuit (reasons above)")
 
 
+def geometric_mean(counts: Iterable[int]) -> float:
+    """Of numbers of edges: a model's size (paper 2.2). A circuit without edges counts as one edge,
+    or it would make the mean zero."""
+    logs = [math.log(max(1, n)) for n in counts]
+    return math.exp(sum(logs) / len(logs))
+
+
 def print_table(target: float, rows: dict[str, dict]) -> None:
     """One target's circuits, and the geometric mean of their edges: a model's size (paper 2.2)."""
     print(f"\n| task (target {target} nats) | unpruned | circuit, held out | nodes | edges "
@@ -494,9 +511,7 @@ def print_table(target: float, rows: dict[str, dict]) -> None:
         print(f"| {task} | {c['unpruned_loss']:.3f} | {c['loss_heldout']:.3f} | {c['n_nodes']} "
               f"| {c['n_edges']} | {c['validation']['necessity']:.2f} |")
     if rows:
-        # a circuit without edges must not make the mean zero
-        logs = [math.log(max(1, c["n_edges"])) for c in rows.values()]
-        mean = math.exp(sum(logs) / len(logs))
+        mean = geometric_mean(c["n_edges"] for c in rows.values())
         print(f"geometric mean of edges: {mean:.1f} over {len(rows)} of {len(TASKS)} tasks")
 
 

@@ -323,12 +323,14 @@ def calibrate(margin: Tensor, steps: int = 32) -> tuple[float, float]:
         slope = 2 * pull * (fit - aim) - (sides @ wrong) / len(margin)
         curvature = (sides * (wrong * (1 - wrong))) @ sides.T / len(margin)
         step = torch.linalg.solve(curvature + 2 * pull.diag() + least, slope)
-        while not loss_at(fit - step) < loss and step.abs().max() > 1e-9:
+        tried = loss_at(fit - step)
+        while not tried < loss and step.abs().max() > 1e-9:
             step = step / 2  # too far: where answers are sure the loss is flatter
+            tried = loss_at(fit - step)
         if step.abs().max() <= 1e-9:
             break
         fit = fit - step
-        loss = loss_at(fit)
+        loss = tried
     scale = (fit[0] / size).item()
     if scale < 0:  # the loss is convex in both: the best allowed scale is 0, its best shift 0
         return 0.0, 0.0

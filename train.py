@@ -421,6 +421,12 @@ def loop(run: Run, job: Job) -> int:
             return steps_from(start, run, job, saver)
 
 
+def learning_rate_at(cfg: TrainConfig, step: int, density: float) -> float:
+    """Of a step, counted from 0, at the density that matrices have then."""
+    thinning = cfg.density / density if cfg.sharkfin else 1.0
+    return cfg.lr * lr_factor_at(step, cfg.max_steps, thinning, cfg.warmup)
+
+
 def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, object]:
     """One step of training, counted from 0: gradients, their scale, the optimizer.
 
@@ -430,8 +436,7 @@ def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, obj
     cfg = run.cfg
     progress = partial(density_at, step, cfg.max_steps, start=cfg.anneal_start, end=cfg.anneal_end)
     density = progress(cfg.density)
-    thinning = cfg.density / density if cfg.sharkfin else 1.0
-    lr = cfg.lr * lr_factor_at(step, cfg.max_steps, thinning, cfg.warmup)
+    lr = learning_rate_at(cfg, step, density)
     job.optimizer.set_schedule(lr, progress)
 
     loss, seen = forward_backward(run, job, net, step)

@@ -2,6 +2,7 @@
 import os
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,14 @@ def pytest_runtest_protocol(item):
     return True  # it has been
 
 
-_begun = {}  # file of tests -> whether this process was the first to begin it
-
-
+@cache  # asked for every test of a file; the first answer counts
 def mine(name: str, share: Path) -> bool:
-    if name not in _begun:
-        try:
-            (share / name).touch(exist_ok=False)
-            _begun[name] = True
-        except FileExistsError:
-            _begun[name] = False
-    return _begun[name]
+    """Whether this process is the first to begin a file of tests."""
+    try:
+        (share / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 @pytest.fixture

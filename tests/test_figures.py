@@ -21,11 +21,11 @@ from data.tinypython.tokenizer import load_tokenizer
 from measures import correlation
 from model import GPT, GPTConfig
 from plan import tensors
-from prune import prune
+from prune import geometric_mean, prune
 from tasks import Task, loss_of, margins
 from tools import figures, figures_inside, figures_lab, figures_sizes, figures_trust
 from tools.figures_inside import binarise, binary, first_levels, kurtosis, levels_at_first, two_level
-from tools.figures_lab import CLOSE, TRIES, Found, Lab, Run, common_tasks, geometric_mean, next_steps
+from tools.figures_lab import CLOSE, TRIES, Found, Lab, Run, common_tasks, next_steps
 from tools.figures_sizes import agree, compared, growing
 from toy import TOY, Digits, hand_made, one_thread, random_model  # noqa: F401
 import train

@@ -22,7 +22,7 @@ from model import GPT, NodeFn, record
 from tasks import Pairs, Task, calibrated, last_logits, load_pairs, margin_of, margins
 from tokens import random_windows
 from tools.figures_lab import Found, Lab, said
-from tools.figures_sizes import AIM, agree
+from tools.figures_sizes import AIM, agree, families
 from validate import ValidateConfig, case_of
 
 VAL_TOKENS = 32768  # of the validation data
@@ -235,9 +235,7 @@ def fig10(lab: Lab) -> Found:
 
 def draw_fig10(figure, data: dict) -> None:
     axis = figure.subplots()
-    points = data["points"]
-    for width in sorted({point["width"] for point in points}):
-        row = sorted((p for p in points if p["width"] == width), key=lambda p: p["l0"])
+    for width, row in families(data["points"], "width", "l0").items():
         axis.plot([p["l0"] for p in row], [p["kurtosis"] for p in row], "o-", label=f"{width}")
     axis.set_xscale("log")
     axis.set_xlabel("L0, times the demo's")

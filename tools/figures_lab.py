@@ -24,7 +24,7 @@ from config import write_atomic
 from circuit import write_circuit
 from model import weights_hash
 from prune import (PruneConfig, already_pruned, constants_of, in_processes, path_of, prune,
-                   settings_in_file)
+                   quiet, settings_in_file)
 from tasks import load_model, task_of
 from tokens import read_data
 from tools.formation import read_log
@@ -313,12 +313,6 @@ def common_tasks(edges: Edges, runs: Sequence[str], tasks: Sequence[str], target
             if all(edges[run, task, target] is not None for run in runs)]
 
 
-def geometric_mean(counts: Iterable[int]) -> float:
-    """Of numbers of edges: a model's size (paper 2.2). No edge counts as one, as in prune.py."""
-    logs = [math.log(max(1, n)) for n in counts]
-    return math.exp(sum(logs) / len(logs))
-
-
 def said(values: Sequence[float | None], form: str) -> str:
     """Median and range of those that there are."""
     there = [value for value in values if value is not None]
@@ -366,10 +360,6 @@ def find_one(cfg: PruneConfig) -> tuple[str, None]:
         return f"  {name}: no circuit: {e}", None
     write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
     return f"  {name}: {circuit['n_edges']} edges", None
-
-
-def quiet(text: str) -> None:
-    """In place of the lines that pruning prints."""
 
 
 def say_and_time(f: Callable, of: int, began: float, numbered: tuple[int, object]):

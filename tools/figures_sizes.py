@@ -13,9 +13,9 @@ import statistics
 from circuit import alone, inverse
 from masks import Gates
 from minimise import Search
-from prune import PruneConfig, constants_of, leading_gates, rank
+from prune import PruneConfig, constants_of, geometric_mean, leading_gates, quiet, rank
 from tasks import calibrated, load_model, load_pairs, loss_of, margins, task_of
-from tools.figures_lab import Edges, Found, Lab, common_tasks, geometric_mean, quiet, said
+from tools.figures_lab import Edges, Found, Lab, common_tasks, said
 
 AIM = 0.15                        # nats: the paper's target where there is one
 TARGETS = (0.5, 0.15, 0.05, 0.02)  # of the curves; the paper's go on to 0.002
@@ -42,12 +42,19 @@ def sizes_of(lab: Lab, edges: Edges, run: str, target: float) -> Sizes:
     return {task: edges[run, task, target] for task in lab.tasks}
 
 
+def families(points: list[dict], fixed: str, along: str) -> dict[float, list[dict]]:
+    """{value of one setting: the points that have it, along the other setting}, both ascending."""
+    found = {}
+    for value in sorted({point[fixed] for point in points}):
+        found[value] = sorted((p for p in points if p[fixed] == value), key=lambda p: p[along])
+    return found
+
+
 def agree(points: list[dict], fixed: str, along: str, key: str, rises: bool) -> str:
     """In how many steps along one setting, the other fixed, a number goes the way of a claim:
     "5 of 8 steps"."""
     n = right = 0
-    for value in sorted({point[fixed] for point in points}):
-        row = sorted((p for p in points if p[fixed] == value), key=lambda p: p[along])
+    for row in families(points, fixed, along).values():
         for before, after in zip(row, row[1:]):
             n += 1
             right += (after[key] > before[key]) == rises
@@ -139,9 +146,7 @@ def fig3(lab: Lab) -> Found:
 
 def draw_fig3(figure, data: dict) -> None:
     axis = figure.subplots()
-    points = data["points"]
-    for l0 in sorted({point["l0"] for point in points}):
-        row = sorted((p for p in points if p["l0"] == l0), key=lambda p: p["width"])
+    for l0, row in families(data["points"], "l0", "width").items():
         axis.plot([p["edges"] for p in row], [p["loss"] for p in row], "o-", label=f"L0 x {l0:g}")
         for p in row:
             axis.annotate(f" {p['width']}", (p["edges"], p["loss"]), fontsize=7)

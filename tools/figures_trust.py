@@ -20,6 +20,7 @@ BRIDGES = ("bridge0", "bridge1")
 # At 0.15 the circuit of while_return_true can leave out what marks a return (docs/bridges.md).
 STEERED = {"single_double_quote": 0.15, "while_return_true": 0.05}
 COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
+NOT_MET = 1e9      # times the edges, where no control met the target: JSON has no infinity
 CONTROL_SEEDS = 1  # of each of the seven controls, which take most of the time
 
 
@@ -119,8 +120,7 @@ def objections(circuit: dict, zero: dict | None) -> dict:
              "frozen": card["frozen_norms_refit"], "complement": card["complement_worst"]}
     for level in ("nonsense", "wiring"):
         factor = factor_of(card["controls"], n, level)
-        # JSON has no infinity
-        found[level] = None if factor is None else min(factor.least, 1e9)
+        found[level] = None if factor is None else min(factor.least, NOT_MET)
     return found
 
 
@@ -128,7 +128,7 @@ def number(x: float | None) -> str:
     """For a reader."""
     if x is None:
         return "–"
-    if x >= 1e9:
+    if x >= NOT_MET:
         return "not met"
     return str(x) if isinstance(x, int) else f"{x:.2f}"
 
@@ -139,7 +139,7 @@ def draw_critique(figure, data: dict) -> None:
     for n, (run, found) in enumerate(data["found"].items()):
         for place, key in enumerate(keys):
             value = found[key]
-            if value is not None and value < 1e9:
+            if value is not None and value < NOT_MET:
                 axis.barh(place + 0.4 * n, value, 0.4, color=f"C{n}",
                           label=run if place == 0 else None)
             axis.text(1, place + 0.4 * n, f" {run}: {number(value)}", fontsize=7, va="center")

@@ -13,10 +13,10 @@ from functools import partial
 
 from config import write_atomic
 
-from optim import density_at, lr_factor_at
+from optim import density_at
 from tools.formation_steps import Study, overlap, parts_in
 from tools.planted import cell
-from train import TrainConfig
+from train import TrainConfig, learning_rate_at
 
 FORMAT = "sparse-formation-1"  # to be changed with what its keys mean
 
@@ -27,9 +27,7 @@ def schedule_at(cfg: TrainConfig, step: int) -> dict[str, float]:
     """The density and the learning rate of the step that made the model of `step`."""
     i = step - 1  # schedules count from 0
     density = density_at(i, cfg.max_steps, cfg.density, cfg.anneal_start, cfg.anneal_end)
-    thinning = cfg.density / density if cfg.sharkfin else 1.0
-    factor = lr_factor_at(i, cfg.max_steps, thinning, cfg.warmup)
-    return {"density": density, "lr": cfg.lr * factor}
+    return {"density": density, "lr": learning_rate_at(cfg, i, density)}
 
 
 def since(steps: list[int], holds: list[bool]) -> int | None:

@@ -19,10 +19,10 @@ from minimise import (MANY_PARTS, WORTHWHILE, Search, leave_out, leave_out_by_gr
                       total)
 from model import GPT
 from prune import (SLACKS, WIDE, PruneConfig, Ranking, constants_of, discretise, find,
-                   leading_gates, rank, set_apart)
+                   leading_gates, quiet, rank, set_apart)
 from tasks import (Pairs, Task, answer_ids, calibrate, calibrated, fitting_batches, load_model,
                    load_pairs, loss_of, margin_of, margins, unembed_last)
-from tools.planted import as_circuit, parts_found, quiet
+from tools.planted import as_circuit, parts_found
 
 Parts = tuple[set, set]  # nodes (site, channel), edges (site, channel, site, channel)
 
@@ -43,7 +43,7 @@ class Study:
     pruning: PruneConfig     # what was asked of the final circuit
     mask_steps: int          # of the other steps
     train: Pairs             # masks are learnt on these
-    fit: Pairs               # the first of those, as many as the final circuit was fitted to
+    fit: Pairs               # the first of those: fit_pairs of what the final circuit was asked
     few: Pairs               # fewer: circuits of masks are searched for on these
     heldout: Pairs           # every loss is of these
     cut: Pairs               # the cost of single edges is of these, held out as well

@@ -37,7 +37,7 @@ from circuit import Circuit, Edges, Nodes, all_edges, edges_of, graph_of
 from data.tinypython.tokenizer import load_tokenizer
 from minimise import Search, minimise
 from model import GPT
-from prune import SLACKS, PruneConfig, constants_of, find
+from prune import SLACKS, PruneConfig, constants_of, find, quiet
 from tasks import Pairs, Task, calibrate, calibrated, load_pairs, loss_of, margins
 from tools.planting import FAMILIES, SHAPES, Planter, background, hint
 
@@ -199,10 +199,6 @@ def score(found: tuple[set, set], truths: list[tuple[set, set]], loss: float, le
     precision, recall = zip(precision_recall(found[0], nodes), precision_recall(found[1], edges))
     return Score((len(nodes), len(edges)), (len(found[0]), len(found[1])), precision, recall,
                  loss, least, seconds)
-
-
-def quiet(text: str) -> None:
-    """In place of the lines that pruning prints."""
 
 
 def circuits(planted: Planted, constants: Nodes, cfg: PruneConfig,

@@ -28,10 +28,10 @@ from data.tinypython.tokenizer import load_tokenizer
 from measures import Case, agreement, idle, necessity, necessity_refit, sufficiency
 from minimise import Search, minimise
 from model import GPT
-from prune import PruneConfig, constants_of
+from prune import PruneConfig, constants_of, quiet
 from tasks import Pairs, answer_ids, load_pairs
 from tools.planted import (PROMPT, Planted, PlantedConfig, as_circuit, cell, needed, parts_found,
-                           plant, quiet, truth_of, words_of)
+                           plant, truth_of, words_of)
 from validate import verdict
 
 Parts = tuple[set, set]  # nodes (site, channel), edges (site, channel, site, channel)

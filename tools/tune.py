@@ -27,7 +27,7 @@ from config import as_script, bounded, die, parse, to_toml, write_atomic
 
 from circuit import Circuit
 from model import GPT, weights_hash
-from prune import PruneConfig, check_prune, constants_of, find
+from prune import PruneConfig, check_prune, constants_of, find, geometric_mean, quiet
 from tasks import (Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of, margins,
                    task_of)
 
@@ -83,8 +83,7 @@ def score_of(circuits: list[Circuit], targets: tuple[float, ...]) -> float:
             losses.append(circuit.loss if math.isfinite(circuit.loss) else MISSED)
     if losses:
         return MISSED + max(losses)
-    # as the sizes of tasks are averaged (paper 2.2); an empty circuit must not make it zero
-    return math.prod(max(1, c.size[1]) for c in circuits) ** (1 / len(circuits))
+    return geometric_mean(circuit.size[1] for circuit in circuits)  # as tasks' sizes are averaged
 
 
 # --- the search ------------------------------------------------------------------------------
@@ -148,10 +147,6 @@ def next_trial(study, i: int, given: PruneConfig):
     trial = study.ask()
     values = {key: trial.suggest_float(key, *span[key], log=True) for key in PAPER}
     return trial, settings(values)
-
-
-def quiet(text: str) -> None:
-    """In place of the lines that pruning prints."""
 
 
 def run_trials(study, done: int, cfg: TuneConfig, given: PruneConfig, run: Callable) -> None:
