@@ -85,8 +85,13 @@ class Job:
 
 
 def script_of(cfg) -> str:
-    """The script that a config belongs to: what a message tells the user to start again."""
-    return os.path.basename(sys.modules[type(cfg).__module__].__file__)
+    """The script that a config belongs to, as it follows `python`: what a message tells the user
+    to start again."""
+    path = sys.modules[type(cfg).__module__].__file__
+    folder, name = os.path.split(path)
+    if os.path.basename(folder) == "tools":
+        return f"-m tools.{os.path.splitext(name)[0]}"
+    return name
 
 
 # --- processes -------------------------------------------------------------------------------

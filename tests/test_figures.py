@@ -30,6 +30,7 @@ from tools.figures_sizes import agree, compared, growing
 from toy import TOY, Digits, hand_made, one_thread, random_model  # noqa: F401
 import train
 from test_train import argv, write_data
+from tools.hard_concrete import HardConcreteConfig
 from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
@@ -39,7 +40,7 @@ TINY = dict(mean_tokens=512, train_pairs=64, fit_pairs=24, apart_pairs=0, heldou
             lr=0.03, k_coef=0.01, k_rate=0.02, init_noise_scale=0.01, init_noise_bias=0.1)
 AIM = 0.4
 GRID = {(2, 1.0): "sparse0", (2, 2.0): "more", (4, 1.0): "sparse1", (4, 2.0): "wide"}
-RUNS = ("sparse0", "sparse1", "more", "wide", "varied", "bridge0", "dense_bridge0")
+RUNS = ("sparse0", "sparse1", "more", "wide", "varied", "bridge0", "dense_bridge0", "hard_concrete")
 
 
 # --- a lab whose models are made by hand --------------------------------------------------------
@@ -144,9 +145,9 @@ def called(self, commands: dict) -> None:
             validated(options["circuit"])
 
 
-NAMES = ("fig10", "fig2", "tokens", "fig31", "fig32", "binarised", "fig3", "ablations", "fig9", "critique")
+NAMES = ("fig10", "fig2", "tokens", "fig31", "fig32", "binarised", "fig3", "ablations", "appendix_d", "fig9", "critique")
 RUNS_OF = {"fig10": GRID.values(), "fig3": GRID.values(), "ablations": ("sparse0", "sparse1", "varied"),
-           "fig9": ("dense_bridge0", "bridge0")}
+           "appendix_d": ("sparse0", "sparse1", "hard_concrete"), "fig9": ("dense_bridge0", "bridge0")}
 
 
 def made(shared, monkeypatch, name: str) -> dict:
@@ -186,6 +187,7 @@ def test_what_the_figures_say_of_the_tiny_models(shared, monkeypatch):
     assert [p["loss"] for p in rows["fig3"]["data"]["points"]] == pytest.approx([4.0, 4.2, 4.1, 4.3])
     assert rows["ablations"]["data"]["rows"][-1]["loss"] == pytest.approx(4.4)
     assert "without something +0.350 nats, x 1.0" in rows["ablations"]["measured"]
+    assert "HardConcrete gates +0.650 nats, x 1.0" in rows["appendix_d"]["measured"]
     # at all gates the circuit is the model, and the model without it knows nothing
     for curve in rows["fig32"]["data"]["curves"].values():
         assert curve[0]["gates"] == 1 and curve[0]["sufficiency"] > AIM > curve[-1]["sufficiency"]
@@ -458,6 +460,22 @@ def test_prunings_that_were_interrupted_go_on(lab, monkeypatch, capsys):
     assert wanted[0].starts == 1 and wanted[0].out_dir.endswith("paper_0.4/sparse0")
 
 
+def test_targets_that_are_pruned_together_leave_what_each_leaves_alone(lab, tmp_path, monkeypatch):
+    targets = (0.0001, AIM, 0.6)
+    wanted = [lab.pruning_of("sparse0", "toy", target, "paper") for target in targets]
+    alone = []
+    for cfg in wanted[1:]:
+        elsewhere = replace(cfg, out_dir=str(tmp_path / f"alone_{cfg.target_loss[0]}"))
+        alone += lab.circuits([elsewhere])
+        alone[-1]["settings"]["out_dir"] = cfg.out_dir
+    learnt = []
+    monkeypatch.setattr(figures_lab, "prune", lambda *args: learnt.append(1) or prune(*args))
+    impossible, *found = lab.circuits(wanted)
+    assert impossible is None and "does not solve toy" in figures_lab.known(wanted[0])
+    assert found == alone and len(learnt) == 1
+    assert lab.circuits(wanted) == [None, *found] and len(learnt) == 1
+
+
 def test_that_a_task_has_no_circuit_is_kept_with_its_reason(lab, monkeypatch, capsys):
     done = []
     monkeypatch.setattr(figures_lab, "prune", lambda *args: done.append(1) or prune(*args))
@@ -643,10 +661,10 @@ def test_averages_are_what_the_first_attention_gathers(tmp_path, monkeypatch):
 # --- the table of runs ----------------------------------------------------------------------------
 
 def settings_of(lab: Lab, name: str) -> TrainConfig:
-    kind = BridgeConfig if lab.runs[name].script == "bridge.py" else TrainConfig
-    script, *options = lab.command(name)
-    assert (ROOT / script).is_file()
-    return parse(kind, [option.replace("--config=", f"--config={ROOT}/") for option in options])
+    scripts = {"train.py": TrainConfig, "bridge.py": BridgeConfig, "-m tools.hard_concrete": HardConcreteConfig}
+    script = lab.runs[name].script
+    options = lab.command(name)[len(script.split()):]
+    return parse(scripts[script], [option.replace("--config=", f"--config={ROOT}/") for option in options])
 
 
 def test_every_run_of_the_table_is_a_command_that_its_script_takes():

@@ -30,8 +30,8 @@ from tokens import read_data
 from tools.figures_inside import (binarised, draw_binarised, draw_fig8, draw_fig10, draw_tokens,
                                   fig8, fig10, tokens)
 from tools.figures_lab import Found, Lab, Progress, Run
-from tools.figures_sizes import (ablations, draw_ablations, draw_fig2, draw_fig3, draw_fig31,
-                                 draw_fig32, fig2, fig3, fig31, fig32)
+from tools.figures_sizes import (ablations, appendix_d, draw_beside_recipe, draw_fig2, draw_fig3,
+                                 draw_fig31, draw_fig32, fig2, fig3, fig31, fig32)
 from tools.figures_trust import BRIDGES, critique, draw_critique, draw_fig9, fig9
 
 FORMAT = 1    # of NAME.json: to be changed with how figures are measured
@@ -96,6 +96,7 @@ def table() -> dict[str, Run]:
             runs.setdefault(name_of(width, share), Run(sparse, options, minutes))
     for name, (_, options) in ABLATIONS.items():
         runs[name] = Run(sparse, options)
+    runs["hard_concrete"] = Run(sparse, minutes=12, script="-m tools.hard_concrete")
     for seed, name in enumerate(BRIDGES):
         dense = f"dense_{name}"
         runs[dense] = Run("configs/demo_dense.toml", (f"--seed={seed}",), minutes=3)
@@ -126,11 +127,11 @@ FIGURES = {
     "fig10": Figure("Fig. 10", "kurtosis of the final residual stream rises with sparsity and with "
                     "size", fig10, draw_fig10, tuple(GRID.values()), 1),
     "fig2": Figure("Fig. 2", "at the same validation loss, sparse circuits have 16 times fewer "
-                   "edges than dense ones", fig2, draw_fig2, SPARSE, 55, matched=3),
+                   "edges than dense ones", fig2, draw_fig2, SPARSE, 40, matched=3),
     "tokens": Figure("3.2", "token losses of a dense and a sparse model correlate 0.93, of two "
                      "dense seeds 0.94", tokens, draw_tokens, SPARSE, 1, matched=3),
     "fig31": Figure("Fig. 31", "learned masks find smaller circuits than attribution, by a wide "
-                    "margin at every loss", fig31, draw_fig31, SPARSE, 10),
+                    "margin at every loss", fig31, draw_fig31, SPARSE, 5),
     "fig32": Figure("Fig. 32", "circuits are sufficient, and necessary", fig32, draw_fig32,
                     SPARSE, 3),
     "binarised": Figure("Appendix C", "nodes can be replaced by steps of two levels", binarised,
@@ -141,7 +142,10 @@ FIGURES = {
                    "both at a fixed L0", fig3, draw_fig3, tuple(GRID.values()), 28),
     "ablations": Figure("2.1, A.2", "annealing with the rate's factor, the j floor and AbsTopK do "
                         "their part; sinks make circuits cleaner at about the same loss",
-                        ablations, draw_ablations, (*SPARSE, *ABLATIONS), 24),
+                        ablations, draw_beside_recipe, (*SPARSE, *ABLATIONS), 24),
+    "appendix_d": Figure("Appendix D", "gates on weights that are learnt with them (HardConcrete) "
+                         "do slightly worse at the same L0", appendix_d, draw_beside_recipe,
+                         (*SPARSE, "hard_concrete"), 4),
     "fig9": Figure("Fig. 9", "a dense model is steered by a sparse one's circuit", fig9, draw_fig9,
                    tuple(f"{kind}{run}" for run in BRIDGES for kind in ("dense_", "")), 5),
     "critique": Figure("Drori 2026", "(not the paper) masks fit nonsense and random weights too, "

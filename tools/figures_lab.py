@@ -22,6 +22,7 @@ from functools import partial
 from config import write_atomic
 
 from circuit import write_circuit
+from data.workers import cores
 from model import weights_hash
 from prune import (PruneConfig, already_pruned, constants_of, in_processes, path_of, prune,
                    quiet, settings_in_file)
@@ -64,7 +65,7 @@ class Run:
     config: str                    # a path
     options: tuple[str, ...] = ()  # {out} stands for the directory of all runs
     minutes: float = 8.0           # expected, on one core
-    script: str = "train.py"
+    script: str = "train.py"       # as it follows `python`
     after: tuple[str, ...] = ()    # runs that must be finished before
 
 
@@ -112,8 +113,8 @@ class Lab:
         run = self.runs[name]
         options = [option.format(out=self.out) for option in run.options]
         data = f"--data_dir={self.data}"
-        return [run.script, f"--config={run.config}", data, f"--out_dir={self.folder(name)}",
-                *options]
+        return [*run.script.split(), f"--config={run.config}", data,
+                f"--out_dir={self.folder(name)}", *options]
 
     def mark_of(self, name: str) -> dict:
         """What the mark of a run says; {} where there is none, or one of another command."""
@@ -152,7 +153,7 @@ class Lab:
 
     def child(self, command: list[str], log: str) -> subprocess.Popen:
         """A child process that prints to a file, with its share of the cores."""
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        threads = max(1, cores() // self.jobs)
         with open(log, "a", encoding="utf-8") as f:
             # a session of its own: Ctrl-C is answered here, and passed on once
             return subprocess.Popen(
@@ -261,7 +262,7 @@ class Lab:
         """The contents of the circuits' files, those that are missing found first; None where a
         task has no circuit. ValueError where something else fails."""
         missing = [cfg for cfg in wanted if known(cfg) is None]
-        self.each(find_one, missing)
+        self.each(find_together, by_target(missing))
         found = [known(cfg) for cfg in wanted]
         return [circuit if isinstance(circuit, dict) else None for circuit in found]
 
@@ -345,21 +346,39 @@ def asked(cfg: PruneConfig) -> list:
     return json.loads(json.dumps([settings_in_file(cfg), weights_hash(cfg.model)]))
 
 
-def find_one(cfg: PruneConfig) -> tuple[str, None]:
-    """Prune, and leave the circuit or the reason why there is none; a line that says which."""
-    name = f"{os.path.relpath(cfg.out_dir)}/{cfg.task}"
+def by_target(wanted: Iterable[PruneConfig]) -> list[list[PruneConfig]]:
+    """Prunings that differ in nothing but their target and folder, together; the highest first."""
+    groups = {}
+    for cfg in sorted(wanted, key=lambda cfg: -cfg.target_loss[0]):
+        same = replace(cfg, target_loss=(), out_dir="")
+        groups.setdefault(repr(same), []).append(cfg)
+    return list(groups.values())
+
+
+def find_together(cfgs: list[PruneConfig]) -> tuple[str, None]:
+    """Learn masks once, and leave for each target of `by_target` the circuit that a pruning of its
+    own would have left, or the reason why there is none; a line that says which."""
+    first = cfgs[0]
+    together = replace(first, target_loss=tuple(cfg.target_loss[0] for cfg in cfgs))
     # data or a tokenizer that do not fit are no property of the model: not to be kept
-    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
-    constants = constants_of(model, cfg)
+    model, tokenizer = load_model(first.model, first.tokenizer, first.device)
+    constants = constants_of(model, first)
+    done = 0
+    sizes = []
     try:
-        (circuit,) = prune(model, task_of(cfg.task), tokenizer, cfg, constants, quiet)
-    except ValueError as e:
-        path = failure_path(cfg)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomic(path, json.dumps({"of": asked(cfg), "why": str(e)}).encode())
-        return f"  {name}: no circuit: {e}", None
-    write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
-    return f"  {name}: {circuit['n_edges']} edges", None
+        for circuit in prune(model, task_of(first.task), tokenizer, together, constants, quiet):
+            cfg = cfgs[done]
+            circuit["settings"] = settings_in_file(cfg)
+            write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
+            sizes.append(f"{circuit['n_edges']} edges at {cfg.target_loss[0]:g}")
+            done += 1
+    except ValueError as e:  # what misses a target misses every lower one
+        sizes.append(f"no circuit: {e}")
+        for cfg in cfgs[done:]:
+            path = failure_path(cfg)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_atomic(path, json.dumps({"of": asked(cfg), "why": str(e)}).encode())
+    return f"  {os.path.relpath(first.out_dir)}/{first.task}: {', '.join(sizes)}", None
 
 
 def say_and_time(f: Callable, of: int, began: float, numbered: tuple[int, object]):

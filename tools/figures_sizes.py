@@ -3,7 +3,7 @@
 - `NAME(lab)` measures one figure, `draw_NAME(figure, data)` draws it from its numbers alone.
 - fig2: dense against sparse at the same validation loss. fig3: loss against size of circuits.
 - fig31: learned masks against attribution. fig32: sufficient and necessary, as a circuit grows.
-- ablations: the recipe of training less one part at a time.
+- ablations: the recipe of training less one part at a time. appendix_d: HardConcrete gates.
 
 A model's size is the geometric mean of its circuits' edges over tasks (paper 2.2); where models are
 compared, over the tasks that have a circuit in each of them. Losses are in nats.
@@ -251,13 +251,26 @@ def draw_fig32(figure, data: dict) -> None:
     axis.legend()
 
 
-# --- ablations of the recipe ---------------------------------------------------------------------
+# --- other ways of training ----------------------------------------------------------------------
 
 def ablations(lab: Lab) -> Found:
-    """Training less one part of the recipe: validation loss, and edges beside the whole recipe's on
-    the tasks that both have."""
+    """Training less one part of the recipe."""
+    return beside_recipe(lab, lab.ablations)
+
+
+def appendix_d(lab: Lab) -> Found:
+    """Gates on weights that are learnt with them (tools/hard_concrete.py), at the same L0 and
+    tokens."""
+    return beside_recipe(lab, {"hard_concrete": "HardConcrete gates"})
+
+
+def beside_recipe(lab: Lab, others: dict[str, str]) -> Found:
+    """Other runs beside the recipe's: validation loss, and edges on the tasks that both have.
+
+    others: run -> what it is called.
+    """
     whole = [f"sparse{seed}" for seed in lab.seeds]
-    labels = dict.fromkeys(whole, "the recipe") | lab.ablations
+    labels = dict.fromkeys(whole, "the recipe") | others
     runs = list(labels)
     lab.train(runs)
     edges = lab.edges("minimal", runs, (AIM,))
@@ -284,7 +297,7 @@ def ablations(lab: Lab) -> Found:
     return Found("; ".join(text), models, {"rows": rows}, table)
 
 
-def draw_ablations(figure, data: dict) -> None:
+def draw_beside_recipe(figure, data: dict) -> None:
     axis = figure.subplots()
     for row in data["rows"]:
         if row["ratio"] is not None:
