@@ -33,7 +33,7 @@ from ablations import Varied
 from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, host, read_circuit,
                      where_held, write_circuit)
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
-from data.workers import begin_worker, worker_pool
+from data.workers import begin_worker, cores, worker_pool
 from masks import Gates, MaskConfig, attribution, learn_masks
 from minimise import Search, minimise
 from model import GPT, config_of, device_of, weights_hash
@@ -326,7 +326,8 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
           say=print) -> Iterator[dict]:
     """Find, then measure and describe: the content of circuit.json for each target loss.
 
-    ValueError if the model fails the task, or no circuit meets a target.
+    ValueError where the model fails the task, or no circuit meets a target; what was found for the
+    targets before it has been given by then.
     """
     device = model.lm_head.weight.device
     T = model.config.block_size
@@ -335,8 +336,13 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
     cfg = sized(cfg, task, pairs, heldout, say)
     train, apart = set_apart(pairs, cfg)
-    check_solved(model, task, train, heldout, cfg)
-    for target, circuit in zip(cfg.target_loss, find(model, train, apart, constants, cfg, say)):
+    # calibrated on training pairs, as its circuits are
+    scale, shift = calibrate(margins(model, train.first(cfg.fit_pairs)))
+    unpruned = margins(model, heldout)
+    found = find(model, train, apart, constants, cfg, say)
+    for target in cfg.target_loss:
+        check_solved(task, loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)), target)
+        circuit = next(found)
         if not circuit.loss <= target:
             raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} "
                              "training pairs; raise --target_loss")
@@ -368,18 +374,14 @@ def set_apart(pairs: Pairs, cfg: PruneConfig) -> tuple[Pairs, Pairs | None]:
     return pairs.take(train), pairs.take(apart) if len(apart) else None
 
 
-def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:
-    """ValueError where the whole model's loss on held-out pairs is above a target."""
-    unpruned = margins(model, heldout)
-    scale, shift = calibrate(margins(model, train.first(cfg.fit_pairs)))
-    # calibrated on training pairs, as its circuits are
-    at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))
-    for target in cfg.target_loss:
-        if not at_best <= target:  # nor is NaN a solution
-            raise ValueError(
-                f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats "
-                f"held out ({at_best:.3f} calibrated), target {target}; train longer, or raise "
-                "--target_loss")
+def check_solved(task: Task, loss: float, refit: float, target: float) -> None:
+    """ValueError where the whole model is above a target: its loss on held-out pairs, in nats, as
+    it is and calibrated."""
+    best = min(loss, refit)
+    if not best <= target:  # nor is NaN a solution
+        raise ValueError(
+            f"the unpruned model does not solve {task.name}: loss {loss:.3f} nats held out "
+            f"({best:.3f} calibrated), target {target}; train longer, or raise --target_loss")
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -452,7 +454,7 @@ def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
     Exits with one line where the system kills a process. Whatever ends this process, none of the
     others outlives it.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, cores() // jobs)
     try:
         with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
             return list(pool.map(partial(result_or_reason, f), items))

@@ -1,6 +1,7 @@
 """Work that several processes share: results in the order of the work, whatever their number.
 
 - `in_order`: f of each item, a few items ahead of what is asked for, so that memory stays bounded.
+- `cores`: how many there are for it.
 - `begin_worker`: no process outlives the one that started it.
 """
 import os
@@ -14,6 +15,13 @@ from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 
 AHEAD = 4  # items a process that are begun before their results are asked for
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def begin_worker(parent: int) -> None:

@@ -43,7 +43,7 @@ from data.tinypython.sources import (  # noqa: E402
     NAMED, Chunk, check_source, chunks, digest, documents_of)
 from data.tinypython.tokenizer import (  # noqa: E402
     DEFAULT, EOT, load_tokenizer, tokenizer_hash)
-from data.workers import in_order, worker_pool  # noqa: E402
+from data.workers import cores, in_order, worker_pool  # noqa: E402
 
 PARTS = ("idioms", "code")
 HEAD = 16  # documents of a part that are shared out together, so that both sides get one
@@ -277,13 +277,6 @@ def write_parts(cfg: PrepareConfig, folder: Path, wanted: dict, done: dict) -> N
                          "--idioms=1")
     checkpoint(folder, wanted, streams, files, seen)
     report(cfg, streams, n_code)
-
-
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def mix(cfg: PrepareConfig, streams: dict, files: dict, seen: Seen, folder: Path,
