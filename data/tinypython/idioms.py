@@ -72,7 +72,7 @@ SUFFIXES = """
 id key name list map set count total index size limit path file type code text value item info data
 node line row group table state level rate ratio score cost price date time start end min max sum
 """.split()
-LETTERS = "x y a b n c d k m v w p q s t".split()
+LETTERS = "x x x y y y a b n c d k m v w p q s t".split()
 VARIABLES = """
 value name item data result total count text line word key index size width height number score
 price user node limit start end left right first last row col points lines words items values
@@ -349,7 +349,7 @@ GRAMMAR = {
     "idiom": {
         "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 8, "$fstring\n$fstring": 4,
         "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
-        "$constants": 1, "$query": 2, "$brackets": 20, "$entries": 6, "$swap": 18,
+        "$constants": 1, "$query": 2, "$brackets": 20, "$entries": 6, "$swap": 36,
         "$ternary": 8, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
