@@ -41,6 +41,7 @@ AT_ONCE = 8
 MANY_PARTS = 300
 WORTHWHILE = 0.9  # another round by gradient, as long as it leaves out a tenth
 FINE = 64         # how near to the most that can go together a bisection comes, as a share
+STUBBORN = 64     # so many in a row that cannot go: what stands behind them matters more still
 AT_A_TIME = 32    # pairs in a pass with gradients
 
 
@@ -203,13 +204,15 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     before = circuit.size
     # Where there are many parts, to price each by a trial would take minutes for every round. The
     # gradient prices all at once; what it is wrong about, the passes below mend.
-    while total(circuit) > MANY_PARTS:
-        smaller = leave_out_by_gradient(search, circuit, target, necessity)
-        say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: by gradient to "
-            f"{smaller.size[0]} nodes, {smaller.size[1]} edges")
-        if total(smaller) > WORTHWHILE * total(circuit):
-            break
-        circuit = smaller
+    for leave_out_many in (leave_out_by_gradient, leave_out_past_needed):
+        while total(circuit) > MANY_PARTS:
+            smaller = leave_out_many(search, circuit, target, necessity)
+            say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: by gradient to "
+                f"{smaller.size[0]} nodes, {smaller.size[1]} edges")
+            worthwhile = total(smaller) <= WORTHWHILE * total(circuit)
+            circuit = smaller
+            if not worthwhile:
+                break
 
     # First pass. A quarter of the pairs gives rough prices in a quarter of the time; what goes is
     # decided on all pairs nonetheless.
@@ -347,6 +350,35 @@ def leave_out_by_gradient(search: Search, circuit: Circuit, target: float,
         order = sorted(by, key=by.get)
         tries.append(without_leading(search, circuit, order, target, necessity))
     return min(tries, key=total)
+
+
+def leave_out_past_needed(search: Search, circuit: Circuit, target: float,
+                          necessity: float) -> Circuit:
+    """A circuit less those of its parts that can go, by `first_order` what matters least first. A
+    bisection ends at the first part that cannot go, and leaves all that stand behind it; here it is
+    kept and passed over. Half of what the loss may still rise is left to the rounds that follow,
+    whose prices are better."""
+    search.fit(circuit.mask, circuit.edges)
+    search.accept()  # what the trials start from
+    limit = (circuit.loss + target) / 2
+    size = {part: abs(nats) for part, nats in first_order(search, circuit).items()}
+    order = sorted(size, key=size.get)
+    n = max(1, len(order) // AT_ONCE)
+    kept = 0  # in a row
+    while order and kept < STUBBORN:
+        trial = search.fit_without(circuit, order[:n], limit)
+        if search.meets(trial, limit, necessity):
+            circuit = search.accept()
+            left = set(parts_of(circuit, search.tie_qk))  # a node takes its edges with it
+            order = [part for part in order[n:] if part in left]
+            n = 2 * n
+            kept = 0
+        elif n > 1:  # one of them is to blame; fewer at once will tell which
+            n = n // 2
+        else:
+            order = order[1:]
+            kept += 1
+    return circuit
 
 
 def total(circuit: Circuit) -> int:

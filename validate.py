@@ -11,6 +11,7 @@
     python validate.py --circuit=out/demo/single_double_quote/circuit.json
     python validate.py --circuit=out/demo --jobs=2          # out/demo/*/circuit.json, then a table
     python validate.py --circuit=out/demo --controls=false  # 21 of them, a minute each
+    python validate.py --circuit=out/demo --level=nonsense --control_seeds=1  # 3 of them
 
 Paper 2.2 and Appendix E; the critique is Drori, "Weight-sparse circuits may be interpretable yet
 unfaithful" (2026).
@@ -63,6 +64,7 @@ class ValidateConfig:
     jobs: int = bounded(1, at_least=1)  # with a directory: processes at a time
     seed: int = bounded(0, at_least=0)  # of draws and halves; pairs have the circuit's own
     controls: bool = True           # prune where there is nothing to find (controls.py)
+    level: str = one_of("all", "memorise", "nonsense", "wiring")  # which of them
     control_seeds: int = bounded(3, at_least=1)  # runs of each of the seven controls
     again: bool = False             # measure even where the file's card is complete
 
@@ -106,7 +108,8 @@ MEASURES = (necessity_refit, idle, standalone, resample_task, complement, frozen
 LEVELS = {"memorise": "memorising", "nonsense": "nonsense", "wiring": "untrained wiring"}
 
 
-def card_of(case: Case, stated: dict, control_seeds: int, say: Say = print) -> dict:
+def card_of(case: Case, stated: dict, control_seeds: int, say: Say = print,
+            level: str = "all") -> dict:
     """The whole card; control_seeds: of each control, 0 = none. ValueError where the circuit lacks
     the losses that its file states."""
     card = {"sufficiency": sufficiency(case), "necessity": necessity(case)}
@@ -122,12 +125,13 @@ def card_of(case: Case, stated: dict, control_seeds: int, say: Say = print) -> d
         say(f"  {measure.__name__.replace('_', ' ')}")
         card |= measure(case)
     if control_seeds:
-        card["controls"] = controls_of(case, control_seeds, say)
+        card["controls"] = controls_of(case, control_seeds, say, level)
     return card | verdict(card, case.settings.target_loss[0], case.circuit.size[1])
 
 
-def controls_of(case: Case, seeds: int, say: Say = print) -> dict[str, list[dict]]:
-    """The runs of every control: {its key: one for each seed}."""
+def controls_of(case: Case, seeds: int, say: Say = print,
+                level: str = "all") -> dict[str, list[dict]]:
+    """The runs of every control of a level: {its key: one for each seed}."""
     # its own means, over the data that this command was given
     subject = Subject(case.model, case.task, case.tokenizer, case.constants, case.settings,
                       case.train, case.heldout, os.path.dirname(case.data))
@@ -137,6 +141,8 @@ def controls_of(case: Case, seeds: int, say: Say = print) -> dict[str, list[dict
         say(f"    {text.strip()}")
 
     for key, control in CONTROLS.items():
+        if level not in ("all", control.level):
+            continue
         for seed in range(seeds):
             say(f"  control: {control.name}, seed {seed}")
             run = run_control(subject, key, seed, case.circuit.size[1], say_further_in)
@@ -321,7 +327,7 @@ def measured_with(cfg: ValidateConfig, content: dict) -> dict:
         "circuit": hashlib.sha256(circuit.encode()).hexdigest()[:16],
         "data": cfg.data, "tokenizer": cfg.tokenizer, "seed": cfg.seed, "window": cfg.window,
         "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS,
-        "control_seeds": cfg.control_seeds,
+        "control_seeds": cfg.control_seeds, "level": cfg.level,
     }
 
 
@@ -340,7 +346,7 @@ def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict
     if cfg.again or old.get("card") != with_what or not wanted <= old.keys():
         say(f"validating {cfg.circuit}")
         try:
-            card = card_of(case_of(cfg, content), old, seeds, say)
+            card = card_of(case_of(cfg, content), old, seeds, say, cfg.level)
         except ValueError as e:
             raise ValueError(f"{cfg.circuit}: {e}") from e
         # what pruning stated stays; controls of an earlier card do not, they may be of another seed

@@ -11,7 +11,8 @@ from circuit import all_edges
 from controls import (CONTROLS, Subject, before_training, exchanged_answers, factor_of, foreign_answers, irrelevant_feature, permuted_answers,
                       permuted_rows, random_signs, run_control)
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
-from minimise import Search, first_order, leave_out_by_gradient, parts_of, reduce_to, without
+import minimise
+from minimise import Search, first_order, leave_out_by_gradient, leave_out_past_needed, parts_of, reduce_to, without
 from prune import node_means
 from tasks import TASKS, load_pairs
 from toy import (TOY, Digits, all_nodes, as_mask, hand_made, one_thread, parallel_model, random_model, toy_pairs, toy_setup)  # noqa: F401
@@ -190,7 +191,7 @@ def test_first_order_prices_are_the_derivatives_of_the_loss_by_each_part(tmp_pat
         assert price[part] == pytest.approx((losses[0] - losses[1]) / (2 * h), rel=0.02, abs=1e-3), part
 
 
-def test_what_goes_by_gradient_leaves_a_circuit_that_meets_the_target(tmp_path):
+def test_what_goes_by_gradient_leaves_a_circuit_that_meets_the_target(tmp_path, monkeypatch):
     model, _, constants = toy_setup(tmp_path)  # a path of three nodes, beside one that means nothing
     search = Search(model, constants, toy_pairs(64))
     whole = search.fit(all_nodes(model), all_edges(model))
@@ -198,6 +199,25 @@ def test_what_goes_by_gradient_leaves_a_circuit_that_meets_the_target(tmp_path):
     got = leave_out_by_gradient(search, whole, 1.05 * whole.loss, 0.0)
     assert got.loss <= 1.05 * whole.loss and got.size == (3, 2)
     assert leave_out_by_gradient(search, got, got.loss / 2, 0.0) is got  # there is nothing to go
+    monkeypatch.setattr(minimise, "MANY_PARTS", 1)
+    said = []
+    assert minimise.minimise(search, whole, 1.05 * whole.loss, said.append).size == (3, 2)
+    assert sum("by gradient" in line for line in said) == 3  # what is left is asked in both ways
+
+
+def test_a_part_that_the_gradient_is_wrong_about_does_not_keep_those_behind_it(tmp_path, monkeypatch):
+    model, _, constants = toy_setup(tmp_path)
+    search = Search(model, constants, toy_pairs(64))
+    whole = search.fit(all_nodes(model), all_edges(model))
+    needed = set(parts_of(leave_out_by_gradient(search, whole, 1.05 * whole.loss, 0.0)))
+    wrong = {part: 0.0 if part in needed else 1.0 for part in parts_of(whole)}
+    monkeypatch.setattr(minimise, "first_order", lambda *_: wrong)
+    assert leave_out_by_gradient(search, whole, 1.05 * whole.loss, 0.0) is whole
+    got = leave_out_past_needed(search, whole, 1.1 * whole.loss, 0.0)
+    assert set(parts_of(got)) == needed and got.loss <= 1.05 * whole.loss  # half of what it may rise
+    # so many that cannot go, and the rest is not asked
+    monkeypatch.setattr(minimise, "STUBBORN", len(needed) - 1)
+    assert leave_out_past_needed(search, whole, 1.1 * whole.loss, 0.0).size == whole.size
 
 
 def test_a_circuit_is_reduced_to_a_number_of_edges_whatever_that_costs(tmp_path):

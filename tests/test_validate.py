@@ -451,12 +451,16 @@ def test_the_card_is_written_into_the_file_and_what_was_there_stays(command, toy
         assert text in out
     card_lines = out[out.rindex("toy: 3 nodes"):].splitlines()
     assert card_lines[1].strip() == "memorising: 0 of 1 runs met the target"
+    # one level of them alone
+    assert command("--control_seeds=1", "--level=memorise") == 0
+    assert json.loads(command.path.read_text())["validation"]["controls"].keys() == {"permuted_answers"}
+    assert "controls not run" in capsys.readouterr().out  # those that the verdict looks at
 
 
 def test_a_complete_card_is_not_measured_again_unless_asked_or_set_otherwise(command, monkeypatch, capsys):
     calls = counter()
 
-    def measure(case, stated, seeds, say):
+    def measure(case, stated, seeds, say, level):
         next(calls)
         card = {line.key: 0.5 for line in validate.LINES} | {"agreement_beyond": 0.5, "idle_of": 1, "necessity_refit": 0.5}
         card |= {"controls": {"exchanged_answers": seeds * [run(False, 1)]}} if seeds else {}
