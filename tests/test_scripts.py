@@ -14,7 +14,7 @@ from tools import bench_model
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train.py", "bridge.py", "tasks.py", "prune.py", "validate.py", "steer.py", "view.py", "data/tinypython/prepare.py",
            "data/tinypython/train_tokenizer.py", "-m tools.bench", "-m tools.bench_memory", "-m tools.bench_model", "-m tools.figures", "-m tools.hard_concrete", "-m tools.inspect", "-m tools.planted", "-m tools.planted_cards", "-m tools.program",
-           "-m tools.published", "-m tools.repeats", "-m tools.tune"]
+           "-m tools.published", "-m tools.refute", "-m tools.repeats", "-m tools.tune"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 

@@ -1,0 +1,74 @@
+"""tools/refute.py: what a node is said to do, on a circuit whose every part is known."""
+import json
+
+import pytest
+import torch
+
+from circuit import circuit_of
+from model import GPT
+from test_validate import command, toy_run  # noqa: F401
+from toy import plain_margins
+from tools import refute
+from tools.refute import as_long
+
+
+@pytest.fixture
+def found(command, toy_run, capsys):  # noqa: F811
+    """The numbers of the toy circuit: uniform attention copies the deciding token to the answer."""
+    folder = toy_run[1]
+    assert refute.main([f"--circuit={command.path}", f"--data={folder}", "--pairs=40"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((command.path.parent / "refute.json").read_text())
+    assert found == json.loads(json.dumps(found)) and f"{found['loss']:.3f} nats" in out
+    return found
+
+
+def test_each_node_of_a_path_that_carries_the_answer_turns_it(found, command, toy_run):  # noqa: F811
+    assert found["right"] > 0.9 and found["as_long"] == 40
+    names = [f"{node['site']}.{node['channel']}" for node in found["nodes"]]
+    listed = json.loads(command.path.read_text())["nodes"]
+    kept = [f"{site}.{i}" for site, channels in listed.items() for i in channels]
+    assert names == kept and len(names) == 3
+    for node in found["nodes"]:
+        assert node["held"] == pytest.approx(0.693, abs=0.02)  # nothing else knows
+        assert node["exchanged"] == pytest.approx(1 - found["right"])  # the other prompt's answer
+        assert node["mirrored"] < 0.1
+        assert node["held_in_model"] > 0.5
+
+
+def test_the_numbers_are_those_of_plain_sums(found, command, toy_run):  # noqa: F811
+    content = json.loads(command.path.read_text())
+    model = GPT.load(content["model"]["dir"])
+    circuit, constants = circuit_of(content, model)
+    from tasks import load_pairs
+    from toy import Digits, TOY, nats, scaled
+    pairs = load_pairs(TOY, Digits(), content["settings"]["heldout_pairs"], "heldout", model.config.block_size,
+                       content["settings"]["seed"]).first(40)
+    for node in found["nodes"]:
+        mask = {site: kept.clone() for site, kept in circuit.mask.items()}
+        mask[node["site"]][node["channel"]] = False
+        margin = plain_margins(model, mask, circuit.edges, constants, pairs)
+        assert nats(scaled(margin, circuit.scale, circuit.shift)) == pytest.approx(node["held"], abs=1e-4)
+
+
+def test_where_a_head_looks_adds_up_and_is_what_attention_does(found):
+    (head,) = found["heads"]
+    shares = head["looks"][""]
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert head["looks"].keys() == {""}  # uniform: it has no query and no key
+    # each prompt's tokens alike: no token has more than its share of the places
+    assert max(shares.values()) < 0.7
+
+
+def test_only_pairs_of_one_length_are_exchanged():
+    from tasks import Pairs
+    ids = torch.zeros(6, 5, dtype=torch.long)
+    pairs = Pairs(ids, torch.tensor([4, 4, 3, 4, 2, 2]), torch.zeros(6), torch.ones(6))
+    assert as_long(pairs).last.tolist() == [4, 4, 2, 2]
+
+
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        refute.main([f"--circuit={tmp_path}/none.json"])
+    assert refused.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
