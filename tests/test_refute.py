@@ -30,7 +30,7 @@ def test_each_node_of_a_path_that_carries_the_answer_turns_it(found, command, to
     kept = [f"{site}.{i}" for site, channels in listed.items() for i in channels]
     assert names == kept and len(names) == 3
     for node in found["nodes"]:
-        assert node["held"] == pytest.approx(0.693, abs=0.02)  # nothing else knows
+        assert node["held"] > 0.69  # nothing else knows
         assert node["exchanged"] == pytest.approx(1 - found["right"])  # the other prompt's answer
         assert node["mirrored"] < 0.1
         assert node["held_in_model"] > 0.5
