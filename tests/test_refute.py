@@ -53,9 +53,10 @@ def test_the_numbers_are_those_of_plain_sums(found, command, toy_run):  # noqa: 
 
 def test_where_a_head_looks_adds_up_and_is_what_attention_does(found):
     (head,) = found["heads"]
-    shares = head["looks"][""]
+    shares = head["looks"]
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
-    assert head["looks"].keys() == {""}  # uniform: it has no query and no key
+    # uniform, whatever runs before it: it has no query and no key
+    assert [(held["site"], held["moved"]) for held in head["without"]] == [("0.attn.act_in", 0)]
     # each prompt's tokens alike: no token has more than its share of the places
     assert max(shares.values()) < 0.7
 

@@ -12,8 +12,8 @@ For every node, on held-out pairs, in the circuit alone:
   over the pairs whose prompts are as long. What carries the difference between the two turns them;
   what is the same in both does nothing. Fewer right, and the answer followed this node.
 
-For every head: where it looks from the last token, over the same prompts, and where it would look
-without each of its queries and keys.
+For every head: where it looks from the last token, and where it would look without each node that
+runs before it, where that moves a tenth of its attention or more.
 
 What it prints goes into refute.json beside circuit.json.
 """
@@ -37,6 +37,8 @@ from tasks import Pairs, batches_of, calibrated, loss_of, margins
 from validate import ValidateConfig, case_of
 
 LOOKED_AT = 4    # tokens that a head is said to look at
+LOOK_PAIRS = 128  # pairs over which that is a mean
+MOVED = 0.1      # share of attention that goes elsewhere: less is not shown
 AT_A_TIME = 32   # pairs whose attention is held at a time
 SINK = "the sink"
 
@@ -158,26 +160,30 @@ def attention(case: Case, head: int, layer: int, pairs: Pairs, nodes: NodeFn) ->
     return {key if key == SINK else repr(decode([key])): share / n for key, share in shares.items()}
 
 
-def heads_of(mask: Nodes, d_head: int) -> Iterator[tuple[int, int, list[tuple[str, int]]]]:
-    """(layer, head, its queries and keys in the circuit) of every head that has a value there."""
+def heads_of(mask: Nodes, d_head: int) -> Iterator[tuple[int, int]]:
+    """(layer, head) of every head that has a value in the circuit."""
     for site, kept in mask.items():
-        if not site.endswith("attn.v"):
-            continue
-        for head in sorted({c // d_head for c in kept.nonzero().flatten().tolist()}):
-            beside = [(s, c) for s, c in nodes_of({f"{site[:-1]}{z}": mask[f"{site[:-1]}{z}"]
-                                                   for z in "qk"}) if c // d_head == head]
-            yield int(site.split(".")[0]), head, beside
+        if site.endswith("attn.v"):
+            for head in sorted({c // d_head for c in kept.nonzero().flatten().tolist()}):
+                yield int(site.split(".")[0]), head
 
 
 def of_heads(case: Case, pairs: Pairs) -> list[dict]:
-    """Of every head of the circuit: where it looks, and where without each of its nodes."""
+    """Of every head of the circuit: where it looks, and where without each node before it."""
+    mask = case.circuit.mask
+    order = list(mask)  # sites as the model runs them
     found = []
-    for layer, head, beside in heads_of(case.circuit.mask, case.model.config.d_head):
-        looks = {"": attention(case, head, layer, pairs, case.nodes)}
-        for site, channel in beside:
-            held = ablate(with_gate(case.circuit.mask, site, channel, 0.0), case.constants)
-            looks[f"{site}.{channel}"] = attention(case, head, layer, pairs, held)
-        found.append({"layer": layer, "head": head, "looks": looks})
+    for layer, head in heads_of(mask, case.model.config.d_head):
+        whole = attention(case, head, layer, pairs, case.nodes)
+        without = []
+        for site, channel in nodes_of(mask):
+            if order.index(site) > order.index(f"{layer}.attn.k"):
+                continue
+            held = ablate(with_gate(mask, site, channel, 0.0), case.constants)
+            looks = attention(case, head, layer, pairs, held)
+            moved = sum(abs(looks[token] - whole[token]) for token in whole) / 2
+            without.append({"site": site, "channel": channel, "moved": moved, "looks": looks})
+        found.append({"layer": layer, "head": head, "looks": whole, "without": without})
     return found
 
 
@@ -185,6 +191,12 @@ def of_heads(case: Case, pairs: Pairs) -> list[dict]:
 
 def number(x: float | None) -> str:
     return "–" if x is None else f"{x:.3f}"
+
+
+def most_of(shares: dict[str, float]) -> str:
+    """The tokens with the largest shares of a head's attention."""
+    most = sorted(shares.items(), key=lambda entry: -entry[1])[:LOOKED_AT]
+    return ", ".join(f"{text} {share:.2f}" for text, share in most)
 
 
 def text_of(found: dict) -> str:
@@ -198,12 +210,14 @@ def text_of(found: dict) -> str:
         lines.append(f"| {node['site']}.{node['channel']} | {node['held']:.3f} "
                      f"| {node['held_in_model']:.3f} | {node['mirrored']:.3f} "
                      f"| {number(node['exchanged'])} |")
-    lines += ["", "| head | without | looks from the last token at |", "|---|---|---|"]
+    lines += ["", "| head | without | moved | looks from the last token at |", "|---|---|---|---|"]
     for head in found["heads"]:
-        for without, shares in head["looks"].items():
-            most = sorted(shares.items(), key=lambda entry: -entry[1])[:LOOKED_AT]
-            named = ", ".join(f"{text} {share:.2f}" for text, share in most)
-            lines.append(f"| {head['layer']}.{head['head']} | {without or '–'} | {named} |")
+        name = f"{head['layer']}.{head['head']}"
+        lines.append(f"| {name} | – | – | {most_of(head['looks'])} |")
+        for held in head["without"]:
+            if held["moved"] >= MOVED:
+                lines.append(f"| {name} | {held['site']}.{held['channel']} | {held['moved']:.2f} "
+                             f"| {most_of(held['looks'])} |")
     return "\n".join(lines)
 
 
@@ -224,7 +238,7 @@ def refute(cfg: RefuteConfig) -> dict:
         "loss": loss_of(margin), "right": right(margin),
         "loss_of_model": loss_of(margins(case.model, pairs)),
         "nodes": [of_node(case, pairs, same, *node) for node in nodes_of(case.circuit.mask)],
-        "heads": of_heads(case, pairs),
+        "heads": of_heads(case, pairs.first(LOOK_PAIRS)),
     }
 
 
