@@ -34,6 +34,7 @@ POSITIONS = 4096  # pretraining positions that resampled values come from
 PER_WINDOW = 16   # of them in one window: more windows would be slower, fewer less varied
 DRAWS = 4         # resamplings, averaged
 SUBSETS = 16      # random halves of the complement; the worst of them is the adversary
+TRIED = 256       # single parts left out, of a circuit that has more
 
 
 @dataclass
@@ -369,7 +370,8 @@ def generalisation(case: Case) -> dict:
 def idle(case: Case) -> dict:
     """How many single parts can go, with what then has no path, and the circuit is still all that
     was asked of it, on the pairs that it was fitted to: those are listed, but not shown to do
-    anything. Two that stand in for each other both count; of a circuit with a certificate none.
+    anything. Two that stand in for each other both count; of a circuit with a certificate none. Of
+    a circuit of many parts, so many are tried, drawn at random.
     """
     settings = case.settings
     model = host(case.model, case.circuit.standalone)
@@ -378,6 +380,9 @@ def idle(case: Case) -> dict:
                     varied=varied)
     limit = settings.target_loss[0] if case.limit is None else case.limit
     parts = parts_of(case.circuit, settings.tie_qk)
+    if len(parts) > TRIED:
+        drawn = torch.randperm(len(parts), generator=case.generator())[:TRIED]
+        parts = [parts[i] for i in drawn.tolist()]
     n = 0
     for part in parts:
         trial = search.fit_without(case.circuit, [part], limit)

@@ -187,7 +187,7 @@ def verdict(card: dict, target: float, n_edges: int) -> dict:
     if no:
         text += f" Not shown: {', '.join(no)}."
     if card.get("idle"):
-        text += f" {card['idle']} of its {card['idle_of']} parts can go alone."
+        text += f" {card['idle']} of {card['idle_of']} parts tried can go alone."
     # a line that was not stated, None, is no failure
     past = [line.name for line in LINES if line.strict and (card.get(line.key) or 0) > target]
     if past:

@@ -6,10 +6,11 @@ import torch
 
 from circuit import circuit_of
 from model import GPT
+from tasks import Pairs
 from test_validate import command, toy_run  # noqa: F401
 from toy import plain_margins
 from tools import refute
-from tools.refute import as_long
+from tools.refute import counterparts
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def found(command, toy_run, capsys):  # noqa: F811
 
 
 def test_each_node_of_a_path_that_carries_the_answer_turns_it(found, command, toy_run):  # noqa: F811
-    assert found["right"] > 0.9 and found["as_long"] == 40
+    assert found["right"] > 0.9 and found["pairs"] == 40
     names = [f"{node['site']}.{node['channel']}" for node in found["nodes"]]
     listed = json.loads(command.path.read_text())["nodes"]
     kept = [f"{site}.{i}" for site, channels in listed.items() for i in channels]
@@ -61,11 +62,13 @@ def test_where_a_head_looks_adds_up_and_is_what_attention_does(found):
     assert max(shares.values()) < 0.7
 
 
-def test_only_pairs_of_one_length_are_exchanged():
-    from tasks import Pairs
-    ids = torch.zeros(6, 5, dtype=torch.long)
-    pairs = Pairs(ids, torch.tensor([4, 4, 3, 4, 2, 2]), torch.zeros(6), torch.ones(6))
-    assert as_long(pairs).last.tolist() == [4, 4, 2, 2]
+def test_a_token_has_its_counterpart_from_the_start_or_from_the_end():
+    ids = torch.tensor([[5, 6, 1, 2, 7, 8, 0], [5, 6, 3, 7, 8, 0, 0],    # two tokens in place of one
+                        [4, 1, 9, 0, 0, 0, 0], [4, 2, 9, 0, 0, 0, 0],    # one in place of one
+                        [3, 1, 0, 0, 0, 0, 0], [3, 1, 1, 0, 0, 0, 0]])   # one more
+    pairs = Pairs(ids, torch.tensor([5, 4, 2, 2, 1, 2]), torch.zeros(6), torch.ones(6))
+    got = [row[: last + 1] for row, last in zip(counterparts(pairs).tolist(), pairs.last.tolist())]
+    assert got == [[0, 1, -1, 2, 3, 4], [0, 1, 3, 4, 5], [0, 1, 2], [0, 1, 2], [0, 1], [0, 1, -1]]
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, capsys):

@@ -8,12 +8,13 @@ For every node, on held-out pairs, in the circuit alone:
   nothing that matters, whatever its examples look like.
 - *mirrored*: the share of prompts answered right with the node on the other side of its mean. A
   node that says which answer it is turns the answers; one that only says "here" breaks them.
-- *exchanged*: the same with the value that the node has in the pair's other prompt, token by token,
-  over the pairs whose prompts are as long. What carries the difference between the two turns them;
-  what is the same in both does nothing. Fewer right, and the answer followed this node.
+- *exchanged*: the same with the values that the node has in the pair's other prompt, token by token
+  (counted from the start as far as the two are the same, and behind that from the end). What
+  carries the difference between the two turns the answers; what is the same in both does nothing.
 
-For every head: where it looks from the last token, and where it would look without each node that
-runs before it, where that moves a tenth of its attention or more.
+For every head: where it looks from the last token (with --look_from, a token's text, from where
+that stands last), and where it would look without each node that runs before it, where that moves a
+tenth of its attention or more.
 
 What it prints goes into refute.json beside circuit.json.
 """
@@ -33,13 +34,14 @@ from torch import Tensor
 from circuit import Nodes, ablate, held_at, inverse, read_circuit
 from measures import Case
 from model import NodeFn, device_of, record
-from tasks import Pairs, batches_of, calibrated, loss_of, margins
+from tasks import (Pairs, answer_id, batches_of, calibrated, last_logits, loss_of, margin_of,
+                   margins)
 from validate import ValidateConfig, case_of
 
 LOOKED_AT = 4    # tokens that a head is said to look at
 LOOK_PAIRS = 128  # pairs over which that is a mean
 MOVED = 0.1      # share of attention that goes elsewhere: less is not shown
-AT_A_TIME = 32   # pairs whose attention is held at a time
+AT_A_TIME = 32   # pairs in a pass
 SINK = "the sink"
 
 
@@ -52,6 +54,7 @@ class RefuteConfig:
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = one_of("cpu", "cuda")
     pairs: int = bounded(512, at_least=1)  # held-out pairs
+    look_from: str = ""             # the token that heads look from; "" = each prompt's last
 
 
 # --- one node changed --------------------------------------------------------------------------
@@ -71,24 +74,33 @@ def with_gate(mask: Nodes, site: str, channel: int, gate: float) -> Nodes:
     return gates
 
 
-def exchanged(nodes: NodeFn, site: str, channel: int) -> NodeFn:
+def counterparts(pairs: Pairs) -> Tensor:
+    """(2n, T): of each token of a prompt, where it stands in the pair's other prompt; -1 where that
+    has none. From the start as far as the two are the same, behind that from the end."""
+    rows, width = pairs.ids.shape
+    place = torch.arange(width, device=pairs.ids.device).expand(rows, width)
+    other_ids, other_last = (x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+                             for x in (pairs.ids, pairs.last))
+    same_so_far = (pairs.ids == other_ids).cumprod(1).bool()
+    from_end = place + (other_last - pairs.last).unsqueeze(1)
+    met = from_end >= same_so_far.sum(1, keepdim=True)  # or else it stands in what is the same
+    inside = place <= pairs.last.unsqueeze(1)
+    return torch.where(same_so_far, place, torch.where(met & inside, from_end, -1))
+
+
+def exchanged(nodes: NodeFn, site: str, channel: int, where: Tensor) -> NodeFn:
     """A node function that gives one node the values of the pair's other prompt, after `nodes`.
-    Rows 2i and 2i + 1 are a pair, and as long."""
+    where: the `counterparts` of the prompts that the model is run on."""
     def node(at: str, x: Tensor) -> Tensor:
         x = nodes(at, x)
         if at != held_at(site):
             return x
+        own = x[..., channel]
+        other = own.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         x = x.clone()
-        two = x[..., channel].unflatten(0, (-1, 2))  # (pairs, 2, T)
-        x[..., channel] = two.flip(1).flatten(0, 1)
+        x[..., channel] = torch.where(where >= 0, other.gather(1, where.clamp(min=0)), own)
         return x
     return node
-
-
-def as_long(pairs: Pairs) -> Pairs:
-    """The pairs whose two prompts have as many tokens."""
-    last = pairs.last.unflatten(0, (-1, 2))
-    return pairs.take((last[:, 0] == last[:, 1]).nonzero().flatten())
 
 
 def right(margin: Tensor) -> float:
@@ -96,30 +108,30 @@ def right(margin: Tensor) -> float:
     return (margin > 0).float().mean().item()
 
 
-def of_node(case: Case, pairs: Pairs, same: Pairs, site: str, channel: int) -> dict:
-    """The numbers of one node. same: those of the pairs that are `as_long`; where there are none,
-    `exchanged` is None."""
+def of_node(case: Case, pairs: Pairs, site: str, channel: int) -> dict:
+    """The numbers of one node."""
     circuit = case.circuit
 
-    def of_circuit(nodes: NodeFn, on: Pairs) -> Tensor:
-        margin = margins(case.reduced, on, nodes)
+    def of_circuit(margin: Tensor) -> Tensor:
         return calibrated(margin, circuit.scale, circuit.shift)
 
-    held, mirrored = (ablate(with_gate(circuit.mask, site, channel, gate), case.constants)
-                      for gate in (0.0, -1.0))
+    def gated(gate: float) -> Tensor:
+        nodes = ablate(with_gate(circuit.mask, site, channel, gate), case.constants)
+        return of_circuit(margins(case.reduced, pairs, nodes))
+
+    def from_other(part: Pairs) -> Tensor:
+        nodes = exchanged(case.nodes, site, channel, counterparts(part))
+        return margin_of(last_logits(case.reduced, part, nodes), part)
+
     only = {s: torch.zeros_like(kept) for s, kept in circuit.mask.items()}
     only[site][channel] = True
-    found = {
+    return {
         "site": site, "channel": channel,
-        "held": loss_of(of_circuit(held, pairs)),
+        "held": loss_of(gated(0.0)),
         "held_in_model": loss_of(margins(case.model, pairs, inverse(only, case.constants))),
-        "mirrored": right(of_circuit(mirrored, pairs)),
-        "exchanged": None,
+        "mirrored": right(gated(-1.0)),
+        "exchanged": right(of_circuit(torch.cat([*map(from_other, batches_of(pairs, AT_A_TIME))]))),
     }
-    if len(same):
-        nodes = exchanged(case.nodes, site, channel)
-        found["exchanged"] = right(of_circuit(nodes, same))
-    return found
 
 
 # --- where a head looks ------------------------------------------------------------------------
@@ -130,32 +142,46 @@ def in_turn(first: NodeFn, second: NodeFn) -> NodeFn:
     return node
 
 
-def attention(case: Case, head: int, layer: int, pairs: Pairs, nodes: NodeFn) -> dict[str, float]:
-    """{text of a token: share of a head's attention from the last token, the mean over prompts};
-    the sink has a name of its own."""
+def places_of(pairs: Pairs, token: int | None) -> Tensor:
+    """(2n,): where each prompt has a token last, -1 where it has none; None: its last token."""
+    if token is None:
+        return pairs.last
+    place = torch.arange(pairs.ids.shape[1], device=pairs.ids.device)
+    there = (pairs.ids == token) & (place <= pairs.last.unsqueeze(1))
+    return torch.where(there, place, -1).max(1).values
+
+
+def attention(case: Case, head: int, layer: int, pairs: Pairs, nodes: NodeFn,
+              token: int | None = None) -> dict[str, float]:
+    """{text of a token: share of a head's attention from the last token, or from where `token`
+    stands last, the mean over the prompts that have it}; the sink has a name of its own."""
     config = case.model.config
     channels = slice(head * config.d_head, (head + 1) * config.d_head)
     sinks = case.model.transformer.h[layer].attn.attn_imp
     shares = Counter()
+    n = 0
     for part in batches_of(pairs, AT_A_TIME):
         seen = {}
         case.reduced.run(case.reduced.embed(part.ids), nodes=in_turn(nodes, record(seen)))
         q = seen[f"{layer}.attn.q"][..., channels]
         k = seen[f"{layer}.attn.k"][..., channels]
+        place = places_of(part, token)
         rows = torch.arange(len(q), device=q.device)
-        scores = (k @ q[rows, part.last].unsqueeze(-1)).squeeze(-1) / math.sqrt(config.d_head)
-        behind = torch.arange(scores.shape[1], device=q.device) > part.last.unsqueeze(1)
+        scores = (k @ q[rows, place].unsqueeze(-1)).squeeze(-1) / math.sqrt(config.d_head)
+        behind = torch.arange(scores.shape[1], device=q.device) > place.unsqueeze(1)
         scores = scores.masked_fill(behind, -math.inf)
         if sinks is not None:
             sink = sinks.sink_logit[head].expand(len(scores), 1)
             scores = torch.cat([scores, sink], 1)
         p = scores.softmax(-1)
-        for ids, row in zip(part.prompts(), p.tolist()):
-            for token, share in zip(ids, row):
-                shares[token] += share
+        for ids, row, there in zip(part.prompts(), p.tolist(), (place >= 0).tolist()):
+            if not there:
+                continue
+            n += 1
+            for seen_token, share in zip(ids, row):
+                shares[seen_token] += share
             if sinks is not None:
                 shares[SINK] += row[-1]
-    n = 2 * len(pairs)
     decode = case.tokenizer.decode
     return {key if key == SINK else repr(decode([key])): share / n for key, share in shares.items()}
 
@@ -168,19 +194,20 @@ def heads_of(mask: Nodes, d_head: int) -> Iterator[tuple[int, int]]:
                 yield int(site.split(".")[0]), head
 
 
-def of_heads(case: Case, pairs: Pairs) -> list[dict]:
-    """Of every head of the circuit: where it looks, and where without each node before it."""
+def of_heads(case: Case, pairs: Pairs, token: int | None) -> list[dict]:
+    """Of every head of the circuit: where it looks, and where without each node before it. token:
+    as for `attention`."""
     mask = case.circuit.mask
     order = list(mask)  # sites as the model runs them
     found = []
     for layer, head in heads_of(mask, case.model.config.d_head):
-        whole = attention(case, head, layer, pairs, case.nodes)
+        whole = attention(case, head, layer, pairs, case.nodes, token)
         without = []
         for site, channel in nodes_of(mask):
             if order.index(site) > order.index(f"{layer}.attn.k"):
                 continue
             held = ablate(with_gate(mask, site, channel, 0.0), case.constants)
-            looks = attention(case, head, layer, pairs, held)
+            looks = attention(case, head, layer, pairs, held, token)
             moved = sum(abs(looks[token] - whole[token]) for token in whole) / 2
             without.append({"site": site, "channel": channel, "moved": moved, "looks": looks})
         found.append({"layer": layer, "head": head, "looks": whole, "without": without})
@@ -188,10 +215,6 @@ def of_heads(case: Case, pairs: Pairs) -> list[dict]:
 
 
 # --- the command -------------------------------------------------------------------------------
-
-def number(x: float | None) -> str:
-    return "–" if x is None else f"{x:.3f}"
-
 
 def most_of(shares: dict[str, float]) -> str:
     """The tokens with the largest shares of a head's attention."""
@@ -202,15 +225,15 @@ def most_of(shares: dict[str, float]) -> str:
 def text_of(found: dict) -> str:
     """Two tables, as Markdown."""
     lines = [f"{found['task']}: alone {found['loss']:.3f} nats, {found['right']:.3f} right; the "
-             f"whole model {found['loss_of_model']:.3f} nats; {found['pairs']} held-out pairs, "
-             f"{found['as_long']} of them with prompts as long",
+             f"whole model {found['loss_of_model']:.3f} nats; {found['pairs']} held-out pairs",
              "", "| node | held: nats alone | in the whole model | mirrored: right "
              "| exchanged: right |", "|---|---|---|---|---|"]
     for node in found["nodes"]:
         lines.append(f"| {node['site']}.{node['channel']} | {node['held']:.3f} "
                      f"| {node['held_in_model']:.3f} | {node['mirrored']:.3f} "
-                     f"| {number(node['exchanged'])} |")
-    lines += ["", "| head | without | moved | looks from the last token at |", "|---|---|---|---|"]
+                     f"| {node['exchanged']:.3f} |")
+    start = repr(found["look_from"]) if found["look_from"] else "the last token"
+    lines += ["", f"| head | without | moved | looks from {start} at |", "|---|---|---|---|"]
     for head in found["heads"]:
         name = f"{head['layer']}.{head['head']}"
         lines.append(f"| {name} | – | – | {most_of(head['looks'])} |")
@@ -219,6 +242,17 @@ def text_of(found: dict) -> str:
                 lines.append(f"| {name} | {held['site']}.{held['channel']} | {held['moved']:.2f} "
                              f"| {most_of(held['looks'])} |")
     return "\n".join(lines)
+
+
+def token_of(text: str, case: Case, pairs: Pairs) -> int | None:
+    """The id of --look_from, None where none is asked for. ValueError where it is no token of the
+    prompts."""
+    if not text:
+        return None
+    token = answer_id(text.encode().decode("unicode_escape"), case.tokenizer)
+    if (places_of(pairs, token) < 0).all():
+        raise ValueError(f"no prompt has the token {text!r} of --look_from")
+    return token
 
 
 @torch.no_grad()
@@ -230,15 +264,17 @@ def refute(cfg: RefuteConfig) -> dict:
                                   data=cfg.data, tokenizer=cfg.tokenizer, device=cfg.device),
                    content)
     pairs = case.heldout.first(cfg.pairs)
-    same = as_long(pairs)
+    looking = pairs.first(LOOK_PAIRS)
+    token = token_of(cfg.look_from, case, looking)
     margin = calibrated(margins(case.reduced, pairs, case.nodes), case.circuit.scale,
                         case.circuit.shift)
     return {
-        "task": content["task"], "pairs": len(pairs), "as_long": len(same),
+        "task": content["task"], "pairs": len(pairs),
         "loss": loss_of(margin), "right": right(margin),
         "loss_of_model": loss_of(margins(case.model, pairs)),
-        "nodes": [of_node(case, pairs, same, *node) for node in nodes_of(case.circuit.mask)],
-        "heads": of_heads(case, pairs.first(LOOK_PAIRS)),
+        "nodes": [of_node(case, pairs, *node) for node in nodes_of(case.circuit.mask)],
+        "heads": of_heads(case, looking, token),
+        "look_from": cfg.look_from,
     }
 
 
