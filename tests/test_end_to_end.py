@@ -33,9 +33,11 @@ from tools.bench_memory import MemoryConfig
 from tools.bench_model import BenchModelConfig
 from tools.figures import FiguresConfig
 from tools.formation import FormationConfig
+from tools.hard_concrete import HardConcreteConfig
 from tools.inspect import InspectConfig
 from tools.planted import PlantedConfig
 from tools.published import PublishedConfig
+from tools.refute import RefuteConfig
 from tools.repeats import RepeatsConfig
 from toy import TOY, Digits, hand_made, toy_setup
 
@@ -410,15 +412,17 @@ KINDS = {
     "tools/bench_model.py": BenchModelConfig,
     "tools/figures.py": FiguresConfig,
     "tools/formation.py": FormationConfig,
+    "tools/hard_concrete.py": HardConcreteConfig,
     "tools/inspect.py": InspectConfig,
     "tools/planted.py": PlantedConfig,
     "tools/published.py": PublishedConfig,
+    "tools/refute.py": RefuteConfig,
     "tools/repeats.py": RepeatsConfig,
     "tools/tune.py": tune.TuneConfig,
 }
 
 
-DOCS = ["README.md", "docs/figures.md", "docs/formation.md", "docs/programs.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
+DOCS = ["README.md", "docs/circuits.md", "docs/figures.md", "docs/formation.md", "docs/programs.md", "docs/results.md", "docs/faithfulness.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
 
 
 @pytest.mark.parametrize("page", DOCS)
