@@ -18,7 +18,7 @@ TARGET_while_return_true := 0.05
 .PRECIOUS: $(BRIDGE)/%/circuit.json
 
 demo: $(OUT)/$(TASK)/circuit.json
-	@echo "== 4/4 measure how far to trust it (with controls, half an hour: $(PY) validate.py --circuit=$<), write it down, draw it"
+	@echo "== 4/4 measure how far to trust it (beside nonsense, a quarter of an hour: $(PY) validate.py --circuit=$< --level=nonsense --control_seeds=1), write it down, draw it"
 	@$(PY) validate.py --circuit=$< --controls=false
 	@$(PY) -m tools.program $<
 	@$(PY) view.py $<

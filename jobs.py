@@ -87,11 +87,11 @@ class Job:
 def script_of(cfg) -> str:
     """The script that a config belongs to, as it follows `python`: what a message tells the user
     to start again."""
-    path = sys.modules[type(cfg).__module__].__file__
-    folder, name = os.path.split(path)
-    if os.path.basename(folder) == "tools":
-        return f"-m tools.{os.path.splitext(name)[0]}"
-    return name
+    module = sys.modules[type(cfg).__module__]
+    name = module.__spec__.name if module.__spec__ else ""  # None of a file that was started
+    if name.startswith("tools."):
+        return f"-m {name}"
+    return os.path.basename(module.__file__)
 
 
 # --- processes -------------------------------------------------------------------------------

@@ -370,8 +370,8 @@ def generalisation(case: Case) -> dict:
 def idle(case: Case) -> dict:
     """How many single parts can go, with what then has no path, and the circuit is still all that
     was asked of it, on the pairs that it was fitted to: those are listed, but not shown to do
-    anything. Two that stand in for each other both count; of a circuit with a certificate none. Of
-    a circuit of many parts, so many are tried, drawn at random.
+    anything. Two that stand in for each other both count; of a circuit with a certificate none.
+    Where there are more than TRIED, of so many drawn at random; `idle_of` says how many.
     """
     settings = case.settings
     model = host(case.model, case.circuit.standalone)

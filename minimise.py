@@ -204,10 +204,11 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     before = circuit.size
     # Where there are many parts, to price each by a trial would take minutes for every round. The
     # gradient prices all at once; what it is wrong about, the passes below mend.
-    for leave_out_many in (leave_out_by_gradient, leave_out_past_needed):
+    for leave_out_many, how in ((leave_out_by_gradient, "by gradient"),
+                                (leave_out_past_needed, "past what is needed")):
         while total(circuit) > MANY_PARTS:
             smaller = leave_out_many(search, circuit, target, necessity)
-            say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: by gradient to "
+            say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: {how} to "
                 f"{smaller.size[0]} nodes, {smaller.size[1]} edges")
             worthwhile = total(smaller) <= WORTHWHILE * total(circuit)
             circuit = smaller
@@ -366,8 +367,11 @@ def leave_out_past_needed(search: Search, circuit: Circuit, target: float,
     n = max(1, len(order) // AT_ONCE)
     kept = 0  # in a row
     while order and kept < STUBBORN:
+        n = min(n, len(order))
         trial = search.fit_without(circuit, order[:n], limit)
-        if search.meets(trial, limit, necessity):
+        # only a node can make a circuit less necessary
+        asked = necessity if trial.size[0] < circuit.size[0] else 0.0
+        if search.meets(trial, limit, asked):
             circuit = search.accept()
             left = set(parts_of(circuit, search.tie_qk))  # a node takes its edges with it
             order = [part for part in order[n:] if part in left]

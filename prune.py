@@ -76,6 +76,10 @@ class PruneConfig(MaskConfig):
 
 # --- what ablated nodes are held at ----------------------------------------------------------
 
+class Unsolved(ValueError):
+    """The whole model does not do the task as well as its circuit is to."""
+
+
 @torch.no_grad()
 def node_means(model: GPT, path: str, tokens: int, seed: int,
                sites: list[str] | None = None, window: int = 0) -> Nodes:
@@ -326,8 +330,8 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
           say=print) -> Iterator[dict]:
     """Find, then measure and describe: the content of circuit.json for each target loss.
 
-    ValueError where the model fails the task, or no circuit meets a target; what was found for the
-    targets before it has been given by then.
+    Unsolved, before anything is looked for, where the model fails the task; ValueError where no
+    circuit meets a target.
     """
     device = model.lm_head.weight.device
     T = model.config.block_size
@@ -336,13 +340,8 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
     cfg = sized(cfg, task, pairs, heldout, say)
     train, apart = set_apart(pairs, cfg)
-    # calibrated on training pairs, as its circuits are
-    scale, shift = calibrate(margins(model, train.first(cfg.fit_pairs)))
-    unpruned = margins(model, heldout)
-    found = find(model, train, apart, constants, cfg, say)
-    for target in cfg.target_loss:
-        check_solved(task, loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)), target)
-        circuit = next(found)
+    check_solved(model, task, train, heldout, cfg)
+    for target, circuit in zip(cfg.target_loss, find(model, train, apart, constants, cfg, say)):
         if not circuit.loss <= target:
             raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} "
                              "training pairs; raise --target_loss")
@@ -374,14 +373,18 @@ def set_apart(pairs: Pairs, cfg: PruneConfig) -> tuple[Pairs, Pairs | None]:
     return pairs.take(train), pairs.take(apart) if len(apart) else None
 
 
-def check_solved(task: Task, loss: float, refit: float, target: float) -> None:
-    """ValueError where the whole model is above a target: its loss on held-out pairs, in nats, as
-    it is and calibrated."""
-    best = min(loss, refit)
-    if not best <= target:  # nor is NaN a solution
-        raise ValueError(
-            f"the unpruned model does not solve {task.name}: loss {loss:.3f} nats held out "
-            f"({best:.3f} calibrated), target {target}; train longer, or raise --target_loss")
+def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:
+    """Unsolved where the whole model's loss on held-out pairs is above a target."""
+    unpruned = margins(model, heldout)
+    scale, shift = calibrate(margins(model, train.first(cfg.fit_pairs)))
+    # calibrated on training pairs, as its circuits are
+    at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))
+    for target in cfg.target_loss:
+        if not at_best <= target:  # nor is NaN a solution
+            raise Unsolved(
+                f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats "
+                f"held out ({at_best:.3f} calibrated), target {target}; train longer, or raise "
+                "--target_loss")
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@
 
     python validate.py --circuit=out/demo/single_double_quote/circuit.json
     python validate.py --circuit=out/demo --jobs=2          # out/demo/*/circuit.json, then a table
-    python validate.py --circuit=out/demo --controls=false  # 21 of them, a minute each
+    python validate.py --circuit=out/demo --controls=false  # 21 of them, some minutes each
     python validate.py --circuit=out/demo --level=nonsense --control_seeds=1  # 3 of them
 
 Paper 2.2 and Appendix E; the critique is Drori, "Weight-sparse circuits may be interpretable yet
@@ -32,7 +32,7 @@ from config import as_script, bounded, die, one_of, out_of_bounds, parse
 from circuit import circuit_of, read_circuit, write_circuit
 from controls import CONTROLS, Subject, factor_of, run_control
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
-from measures import (DRAWS, POSITIONS, SUBSETS, Case, agreement, complement, frozen_norms,
+from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, Case, agreement, complement, frozen_norms,
                       generalisation, idle, necessity, necessity_refit, resample, resample_task,
                       standalone, sufficiency, zero_ablation)
 from model import device_of, weights_hash
@@ -326,9 +326,23 @@ def measured_with(cfg: ValidateConfig, content: dict) -> dict:
     return {
         "circuit": hashlib.sha256(circuit.encode()).hexdigest()[:16],
         "data": cfg.data, "tokenizer": cfg.tokenizer, "seed": cfg.seed, "window": cfg.window,
-        "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS,
+        "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS, "tried": TRIED,
         "control_seeds": cfg.control_seeds, "level": cfg.level,
     }
+
+
+def is_as_wanted(cfg: ValidateConfig, old: dict, with_what: dict) -> bool:
+    """Whether a file's card holds all that is asked for, measured with the same things. Controls
+    that are not asked for may be any, and stay."""
+    wanted = {"verdict", *(line.key for line in LINES)}
+    if cfg.controls:
+        wanted.add("controls")
+    if not wanted <= old.keys():
+        return False
+    # cards from before there were levels have all of them
+    measured = {"level": "all", "tried": TRIED} | old.get("card", {})
+    free = () if cfg.controls else ("control_seeds", "level")
+    return all(measured.get(key) == with_what[key] for key in with_what if key not in free)
 
 
 def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict:
@@ -339,11 +353,8 @@ def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict
     content = read_circuit(cfg.circuit)
     old = content["validation"]
     with_what = measured_with(cfg, content)
-    wanted = {"verdict", *(line.key for line in LINES)}
     seeds = cfg.control_seeds if cfg.controls else 0
-    if seeds:
-        wanted.add("controls")
-    if cfg.again or old.get("card") != with_what or not wanted <= old.keys():
+    if cfg.again or not is_as_wanted(cfg, old, with_what):
         say(f"validating {cfg.circuit}")
         try:
             card = card_of(case_of(cfg, content), old, seeds, say, cfg.level)

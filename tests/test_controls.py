@@ -202,7 +202,8 @@ def test_what_goes_by_gradient_leaves_a_circuit_that_meets_the_target(tmp_path, 
     monkeypatch.setattr(minimise, "MANY_PARTS", 1)
     said = []
     assert minimise.minimise(search, whole, 1.05 * whole.loss, said.append).size == (3, 2)
-    assert sum("by gradient" in line for line in said) == 3  # what is left is asked in both ways
+    assert sum("by gradient" in line for line in said) == 2  # what is left is asked in both ways
+    assert sum("past what is needed" in line for line in said) == 1
 
 
 def test_a_part_that_the_gradient_is_wrong_about_does_not_keep_those_behind_it(tmp_path, monkeypatch):

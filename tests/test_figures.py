@@ -28,6 +28,7 @@ from tools.figures_inside import binarise, binary, first_levels, kurtosis, level
 from tools.figures_lab import CLOSE, TRIES, Found, Lab, Run, common_tasks, next_steps
 from tools.figures_sizes import agree, compared, growing
 from toy import TOY, Digits, hand_made, one_thread, random_model  # noqa: F401
+import prune as prune_module
 import train
 from test_train import argv, write_data
 from tools.hard_concrete import HardConcreteConfig
@@ -469,7 +470,8 @@ def test_targets_that_are_pruned_together_leave_what_each_leaves_alone(lab, tmp_
         alone += lab.circuits([elsewhere])
         alone[-1]["settings"]["out_dir"] = cfg.out_dir
     learnt = []
-    monkeypatch.setattr(figures_lab, "prune", lambda *args: learnt.append(1) or prune(*args))
+    rank = prune_module.rank
+    monkeypatch.setattr(prune_module, "rank", lambda *args: learnt.append(1) or rank(*args))
     impossible, *found = lab.circuits(wanted)
     assert impossible is None and "does not solve toy" in figures_lab.known(wanted[0])
     assert found == alone and len(learnt) == 1

@@ -21,6 +21,8 @@ def test_the_expected_number_of_open_gates_is_that_of_many_draws():
     first, second = gates.draw(), gates.draw()
     assert not same(first, second)  # noise anew in every pass
     assert any((z == 1).any() and (z == 0).any() for z in first)  # exactly shut and exactly open
+    other = WeightGates([torch.zeros(100)], seed=2), WeightGates([torch.zeros(100)], seed=3)
+    assert not same(*(gates.draw() for gates in other))  # and anew for every seed
 
 
 def test_settled_gates_shut_where_the_middle_of_the_noise_does():
@@ -56,9 +58,12 @@ def test_what_is_written_keeps_the_budget_and_is_a_model_as_any_other(run, capsy
     entries = log(out)
     assert entries[-1]["nonzeros"] < 0.8 * entries[0]["nonzeros"]  # expected, and falling
     # what it was evaluated as is what was written: the weights with their settled gates
-    raw = state(out)["model"]
+    raw = state(out)["weights"]
     name = "transformer.h.0.mlp.c_fc.weight"
     assert raw[name].count_nonzero() > counts[name] and entries[-1]["val_loss"]["idioms"] < math.log(64)
+    # once more, when there is nothing to do
+    before = weights(out)
+    assert run("run", resume=True)[0] == 0 and same(weights(out), before)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, capsys):
@@ -72,13 +77,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, capsys
 
     with monkeypatch.context() as m:
         m.setattr(WeightGates, "draw", interrupted)
-        assert run("stopped")[0] == 130
+        status, out = run("stopped")
+    assert status == 130 and not (out / "final_model.pt").exists()  # no model as any other yet
     assert "go on with: python -m tools.hard_concrete --config=" in capsys.readouterr().out
     status, stopped = run("stopped", resume=True)
     assert status == 0 and same(weights(straight), weights(stopped)) and same(state(straight)["gates"], state(stopped)["gates"])
 
 
-@pytest.mark.parametrize("over, environment, said", [({"plan": True}, {}, "no plan"),
+@pytest.mark.parametrize("over, environment, said", [({"plan": True}, {}, "no --plan"), ({"keep_every": 5}, {}, "no --keep_every"),
+                                                     ({"grad_checkpointing": True}, {}, "no --grad_checkpointing"),
                                                      ({}, {"WORLD_SIZE": "2", "RANK": "0"}, "one process")])
 def test_what_it_cannot_do_it_says(run, monkeypatch, capsys, over, environment, said):
     for name, value in environment.items():

@@ -32,8 +32,11 @@ def test_each_node_of_a_path_that_carries_the_answer_turns_it(found, command, to
     assert names == kept and len(names) == 3
     for node in found["nodes"]:
         assert node["held"] > 0.69  # nothing else knows
-        assert node["exchanged"] == pytest.approx(1 - found["right"])  # the other prompt's answer
-        assert node["mirrored"] < 0.1
+        assert node["held_right"] == pytest.approx(0.5)  # one answer to all
+        # the other prompt's answer; where one of a pair was wrong, both have that already
+        assert node["exchanged_turned"] >= 1 - 2.01 * (1 - found["right"])
+        assert node["mirrored_turned"] > 0.8
+        assert node["mirrored_first"] == pytest.approx(0.5, abs=0.1)  # those of both
         assert node["held_in_model"] > 0.5
 
 
@@ -53,7 +56,7 @@ def test_the_numbers_are_those_of_plain_sums(found, command, toy_run):  # noqa: 
 
 
 def test_where_a_head_looks_adds_up_and_is_what_attention_does(found):
-    (head,) = found["heads"]
+    (head,) = found["heads"][""]
     shares = head["looks"]
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
     # uniform, whatever runs before it: it has no query and no key
@@ -68,7 +71,7 @@ def test_a_token_has_its_counterpart_from_the_start_or_from_the_end():
                         [3, 1, 0, 0, 0, 0, 0], [3, 1, 1, 0, 0, 0, 0]])   # one more
     pairs = Pairs(ids, torch.tensor([5, 4, 2, 2, 1, 2]), torch.zeros(6), torch.ones(6))
     got = [row[: last + 1] for row, last in zip(counterparts(pairs).tolist(), pairs.last.tolist())]
-    assert got == [[0, 1, -1, 2, 3, 4], [0, 1, 3, 4, 5], [0, 1, 2], [0, 1, 2], [0, 1], [0, 1, -1]]
+    assert got == [[0, 1, -1, 2, 3, 4], [0, 1, 3, 4, 5], [0, 1, 2], [0, 1, 2], [0, 2], [0, 1, 1]]
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, capsys):

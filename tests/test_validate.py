@@ -457,6 +457,8 @@ def test_the_card_is_written_into_the_file_and_what_was_there_stays(command, toy
     assert command("--control_seeds=1", "--level=memorise") == 0
     assert json.loads(command.path.read_text())["validation"]["controls"].keys() == {"permuted_answers"}
     assert "controls not run" in capsys.readouterr().out  # those that the verdict looks at
+    before = command.path.read_bytes()
+    assert command("--controls=false") == 0 and command.path.read_bytes() == before  # what it cost is kept
 
 
 def test_a_complete_card_is_not_measured_again_unless_asked_or_set_otherwise(command, monkeypatch, capsys):

@@ -24,8 +24,8 @@ from config import write_atomic
 from circuit import write_circuit
 from data.workers import cores
 from model import weights_hash
-from prune import (PruneConfig, already_pruned, constants_of, in_processes, path_of, prune,
-                   quiet, settings_in_file)
+from prune import (PruneConfig, Unsolved, already_pruned, constants_of, in_processes, path_of,
+                   prune, quiet, settings_in_file)
 from tasks import load_model, task_of
 from tokens import read_data
 from tools.formation import read_log
@@ -358,27 +358,35 @@ def by_target(wanted: Iterable[PruneConfig]) -> list[list[PruneConfig]]:
 def find_together(cfgs: list[PruneConfig]) -> tuple[str, None]:
     """Learn masks once, and leave for each target of `by_target` the circuit that a pruning of its
     own would have left, or the reason why there is none; a line that says which."""
-    first = cfgs[0]
-    together = replace(first, target_loss=tuple(cfg.target_loss[0] for cfg in cfgs))
     # data or a tokenizer that do not fit are no property of the model: not to be kept
+    first = cfgs[0]
     model, tokenizer = load_model(first.model, first.tokenizer, first.device)
     constants = constants_of(model, first)
-    done = 0
-    sizes = []
-    try:
-        for circuit in prune(model, task_of(first.task), tokenizer, together, constants, quiet):
-            cfg = cfgs[done]
-            circuit["settings"] = settings_in_file(cfg)
-            write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
-            sizes.append(f"{circuit['n_edges']} edges at {cfg.target_loss[0]:g}")
-            done += 1
-    except ValueError as e:  # what misses a target misses every lower one
-        sizes.append(f"no circuit: {e}")
-        for cfg in cfgs[done:]:
-            path = failure_path(cfg)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_atomic(path, json.dumps({"of": asked(cfg), "why": str(e)}).encode())
-    return f"  {os.path.relpath(first.out_dir)}/{first.task}: {', '.join(sizes)}", None
+    said = []
+    left = list(cfgs)
+    while left:
+        together = replace(first, target_loss=tuple(cfg.target_loss[0] for cfg in left))
+        try:
+            for circuit in prune(model, task_of(first.task), tokenizer, together, constants, quiet):
+                cfg = left.pop(0)
+                circuit["settings"] = settings_in_file(cfg)
+                write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
+                said.append(f"{circuit['n_edges']} edges at {cfg.target_loss[0]:g}")
+        except Unsolved as e:  # the lowest target is too low; no masks were learnt yet
+            said.append(f"no circuit: {e}")
+            keep_failure(left.pop(), e)
+        except ValueError as e:  # what misses a target misses every lower one
+            said.append(f"no circuit: {e}")
+            for cfg in left:
+                keep_failure(cfg, e)
+            left = []
+    return f"  {os.path.relpath(first.out_dir)}/{first.task}: {', '.join(said)}", None
+
+
+def keep_failure(cfg: PruneConfig, why: ValueError) -> None:
+    path = failure_path(cfg)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_atomic(path, json.dumps({"of": asked(cfg), "why": str(why)}).encode())
 
 
 def say_and_time(f: Callable, of: int, began: float, numbered: tuple[int, object]):

@@ -8,18 +8,21 @@ and clipped sigmoid of noise, which is exactly 0 or 1 much of the time and has a
 The expected number of gates that are not zero is made to follow the budget of nonzeros that
 train.py has at that step, by a price on each of them that rises while there are too many.
 
-Everything else is train.py's: the same options, data, schedule, files and resume. When it is done,
-the model is written with its gates as they are without noise, and of what is left no more than the
-budget, the largest first: a model as any other, for prune.py to read.
+Everything else is train.py's: options, data, schedule, log and resume. Until it is done, the run has
+weights.pt and gates.pt; then the model is written, with its gates as they are without noise, and of
+what is left no more than the budget over all tensors together, the largest first: a model as any
+other, for prune.py to read.
 """
 import copy
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -28,7 +31,7 @@ from torch.func import functional_call
 from jobs import Job, leave
 from model import GPT
 from ops import keep_largest_
-from optim import L0AdamW, nonzeros_of, param_groups
+from optim import L0AdamW, density_at, nonzeros_of, param_groups
 from train import (TrainConfig, begin, evaluate, evaluation_text, loop, new_model, of_the_family)
 
 TEMPERATURE = 2 / 3        # of the sigmoid; all three as Louizos et al. have them
@@ -41,7 +44,7 @@ FIRST_PRICE = 1.0          # nats for all gates together; found by itself from t
 class HardConcreteConfig(TrainConfig):
     out_dir: str = "out/hard_concrete"
     gate_lr: float = bounded(0.5, above=0)      # on the schedule of lr
-    price_rate: float = bounded(0.02, above=0)   # of the logarithm of the price, per step
+    price_rate: float = bounded(0.02, above=0)   # of the logarithm of the price, per pass
 
 
 class WeightGates(nn.Module):
@@ -57,7 +60,9 @@ class WeightGates(nn.Module):
     def draw(self) -> list[Tensor]:
         """Gates for one pass in training. A resumed run draws what it would have drawn."""
         device = self.price.device
-        generator = torch.Generator(device).manual_seed(self.seed * 2**32 + int(self.passes))
+        # of a seed a CPU's generator uses 32 bits: both numbers must be in those
+        state = np.random.SeedSequence([self.seed, int(self.passes)]).generate_state(1)
+        generator = torch.Generator(device).manual_seed(int(state[0]))
         self.passes += 1
         drawn = []
         for log_odds in self.log_odds:
@@ -144,10 +149,12 @@ class Gated(nn.Module):
 
 def main(argv: list[str]) -> int:
     cfg = of_the_family(parse(HardConcreteConfig, argv))
-    if cfg.plan:
-        die("there is no plan of this one: it takes what train.py takes, and a gate a weight")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         die("this baseline is for one process: python -m tools.hard_concrete")
+    # a backward pass that runs the model again would do so without the gates
+    for option in ("plan", "keep_every", "grad_checkpointing", "compile"):
+        if getattr(cfg, option):
+            die(f"this baseline has no --{option}")
     run = begin(cfg)
     cfg = run.cfg
     model = new_model(run)
@@ -167,10 +174,14 @@ def main(argv: list[str]) -> int:
     def describe(seen: list[Tensor]) -> dict:
         return {"nonzeros": seen[0].item(), "price": seen[1].item()}
 
-    job = Job(net, {"model": model, "gates": gates}, optimizer, evaluation, evaluation_text,
-              describe)
-    status = loop(run, job)
-    if status == 0:  # in place of the weights without their gates
+    # not "model": weights without their gates are none that others should read
+    modules = {"weights": model, "gates": gates}
+    status = loop(run, Job(net, modules, optimizer, evaluation, evaluation_text, describe))
+    if status == 0:
+        # the budget of the last step, also where that was done before
+        last = partial(density_at, cfg.max_steps - 1, cfg.max_steps, start=cfg.anneal_start,
+                       end=cfg.anneal_end)
+        optimizer.set_schedule(0.0, last)
         net.settled().save(cfg.out_dir)
     return status
 

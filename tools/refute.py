@@ -3,18 +3,20 @@
     python -m tools.refute --circuit=out/demo/single_double_quote/circuit.json
 
 For every node, on held-out pairs, in the circuit alone:
-- *held*: its loss (nats, as calibrated in the file) with this node at its mean as well, and,
-  beside it, the whole model's with this node alone at its mean. Where the loss stays, the node does
-  nothing that matters, whatever its examples look like.
-- *mirrored*: the share of prompts answered right with the node on the other side of its mean. A
-  node that says which answer it is turns the answers; one that only says "here" breaks them.
-- *exchanged*: the same with the values that the node has in the pair's other prompt, token by token
-  (counted from the start as far as the two are the same, and behind that from the end). What
-  carries the difference between the two turns the answers; what is the same in both does nothing.
+- *held*: its loss (nats, calibrated as in the file) and the share of prompts answered right, with
+  this node at its mean as well; and the whole model's loss with this node alone at its mean. Where
+  neither changes, the node does nothing that matters, whatever its examples look like.
+- *mirrored*: the share of prompts whose answer turns with the node on the other side of its mean,
+  and the share that then get the first answer. A node that says which answer it is turns all, or
+  those of one answer; one that only says "here" breaks them.
+- *exchanged*: the share whose answer turns with the values that the node has in the pair's other
+  prompt, token by token (counted from the start as far as the two are the same, and behind that
+  from the end). What carries the difference between the two turns the answers; what is the same in
+  both cannot.
 
-For every head: where it looks from the last token (with --look_from, a token's text, from where
-that stands last), and where it would look without each node that runs before it, where that moves a
-tenth of its attention or more.
+For every head: where it looks from the last token, and with --look_from, a token's text, also from
+where that stands last; and where it would look without each node that runs before it, where that
+moves a tenth of its attention or more.
 
 What it prints goes into refute.json beside circuit.json.
 """
@@ -36,6 +38,7 @@ from measures import Case
 from model import NodeFn, device_of, record
 from tasks import (Pairs, answer_id, batches_of, calibrated, last_logits, loss_of, margin_of,
                    margins)
+from tools.inspect import unescaped
 from validate import ValidateConfig, case_of
 
 LOOKED_AT = 4    # tokens that a head is said to look at
@@ -43,6 +46,9 @@ LOOK_PAIRS = 128  # pairs over which that is a mean
 MOVED = 0.1      # share of attention that goes elsewhere: less is not shown
 AT_A_TIME = 32   # pairs in a pass
 SINK = "the sink"
+# keys of a node's numbers, as they are printed
+NUMBERS = ("held", "held_right", "held_in_model", "mirrored_turned", "mirrored_first",
+           "exchanged_turned")
 
 
 @dataclass
@@ -54,7 +60,7 @@ class RefuteConfig:
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = one_of("cpu", "cuda")
     pairs: int = bounded(512, at_least=1)  # held-out pairs
-    look_from: str = ""             # the token that heads look from; "" = each prompt's last
+    look_from: str = ""             # a token, in which \\n stands for a newline
 
 
 # --- one node changed --------------------------------------------------------------------------
@@ -76,7 +82,8 @@ def with_gate(mask: Nodes, site: str, channel: int, gate: float) -> Nodes:
 
 def counterparts(pairs: Pairs) -> Tensor:
     """(2n, T): of each token of a prompt, where it stands in the pair's other prompt; -1 where that
-    has none. From the start as far as the two are the same, behind that from the end."""
+    has none. From the start as far as the two are the same, behind that from the end; the last
+    token's is the last one."""
     rows, width = pairs.ids.shape
     place = torch.arange(width, device=pairs.ids.device).expand(rows, width)
     other_ids, other_last = (x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -85,7 +92,8 @@ def counterparts(pairs: Pairs) -> Tensor:
     from_end = place + (other_last - pairs.last).unsqueeze(1)
     met = from_end >= same_so_far.sum(1, keepdim=True)  # or else it stands in what is the same
     inside = place <= pairs.last.unsqueeze(1)
-    return torch.where(same_so_far, place, torch.where(met & inside, from_end, -1))
+    found = torch.where(same_so_far, place, torch.where(met & inside, from_end, -1))
+    return torch.where(place == pairs.last.unsqueeze(1), other_last.unsqueeze(1), found)
 
 
 def exchanged(nodes: NodeFn, site: str, channel: int, where: Tensor) -> NodeFn:
@@ -105,11 +113,15 @@ def exchanged(nodes: NodeFn, site: str, channel: int, where: Tensor) -> NodeFn:
 
 def right(margin: Tensor) -> float:
     """Share of prompts whose right answer has the larger logit."""
-    return (margin > 0).float().mean().item()
+    return share(margin > 0)
 
 
-def of_node(case: Case, pairs: Pairs, site: str, channel: int) -> dict:
-    """The numbers of one node."""
+def share(chosen: Tensor) -> float:
+    return chosen.float().mean().item()
+
+
+def of_node(case: Case, pairs: Pairs, whole: Tensor, site: str, channel: int) -> dict:
+    """The numbers of one node. whole: the circuit's margins."""
     circuit = case.circuit
 
     def of_circuit(margin: Tensor) -> Tensor:
@@ -125,12 +137,17 @@ def of_node(case: Case, pairs: Pairs, site: str, channel: int) -> dict:
 
     only = {s: torch.zeros_like(kept) for s, kept in circuit.mask.items()}
     only[site][channel] = True
+    held = gated(0.0)
+    mirrored = gated(-1.0)
+    other = of_circuit(torch.cat([from_other(part) for part in batches_of(pairs, AT_A_TIME)]))
+    # of the margins of right answers, those of first answers are in even rows
+    first = torch.cat([mirrored[::2] > 0, mirrored[1::2] <= 0])
     return {
         "site": site, "channel": channel,
-        "held": loss_of(gated(0.0)),
+        "held": loss_of(held), "held_right": right(held),
         "held_in_model": loss_of(margins(case.model, pairs, inverse(only, case.constants))),
-        "mirrored": right(gated(-1.0)),
-        "exchanged": right(of_circuit(torch.cat([*map(from_other, batches_of(pairs, AT_A_TIME))]))),
+        "mirrored_turned": share((mirrored > 0) != (whole > 0)), "mirrored_first": share(first),
+        "exchanged_turned": share((other > 0) != (whole > 0)),
     }
 
 
@@ -182,8 +199,11 @@ def attention(case: Case, head: int, layer: int, pairs: Pairs, nodes: NodeFn,
                 shares[seen_token] += share
             if sinks is not None:
                 shares[SINK] += row[-1]
-    decode = case.tokenizer.decode
-    return {key if key == SINK else repr(decode([key])): share / n for key, share in shares.items()}
+    found = Counter()
+    for key, total in shares.items():
+        # parts of characters all have the same text
+        found[key if key == SINK else repr(case.tokenizer.decode([key]))] += total / n
+    return dict(found)
 
 
 def heads_of(mask: Nodes, d_head: int) -> Iterator[tuple[int, int]]:
@@ -208,7 +228,7 @@ def of_heads(case: Case, pairs: Pairs, token: int | None) -> list[dict]:
                 continue
             held = ablate(with_gate(mask, site, channel, 0.0), case.constants)
             looks = attention(case, head, layer, pairs, held, token)
-            moved = sum(abs(looks[token] - whole[token]) for token in whole) / 2
+            moved = sum(abs(looks[text] - whole[text]) for text in whole) / 2
             without.append({"site": site, "channel": channel, "moved": moved, "looks": looks})
         found.append({"layer": layer, "head": head, "looks": whole, "without": without})
     return found
@@ -226,30 +246,28 @@ def text_of(found: dict) -> str:
     """Two tables, as Markdown."""
     lines = [f"{found['task']}: alone {found['loss']:.3f} nats, {found['right']:.3f} right; the "
              f"whole model {found['loss_of_model']:.3f} nats; {found['pairs']} held-out pairs",
-             "", "| node | held: nats alone | in the whole model | mirrored: right "
-             "| exchanged: right |", "|---|---|---|---|---|"]
+             "", "| node | held: nats | right | in the whole model: nats | mirrored: turned "
+             "| first answer | exchanged: turned |", "|---|---|---|---|---|---|---|"]
     for node in found["nodes"]:
-        lines.append(f"| {node['site']}.{node['channel']} | {node['held']:.3f} "
-                     f"| {node['held_in_model']:.3f} | {node['mirrored']:.3f} "
-                     f"| {node['exchanged']:.3f} |")
-    start = repr(found["look_from"]) if found["look_from"] else "the last token"
-    lines += ["", f"| head | without | moved | looks from {start} at |", "|---|---|---|---|"]
-    for head in found["heads"]:
-        name = f"{head['layer']}.{head['head']}"
-        lines.append(f"| {name} | – | – | {most_of(head['looks'])} |")
-        for held in head["without"]:
-            if held["moved"] >= MOVED:
-                lines.append(f"| {name} | {held['site']}.{held['channel']} | {held['moved']:.2f} "
-                             f"| {most_of(held['looks'])} |")
+        numbers = [node[key] for key in NUMBERS]
+        lines.append(f"| {node['site']}.{node['channel']} | "
+                     f"{' | '.join(f'{x:.3f}' for x in numbers)} |")
+    for start, heads in found["heads"].items():
+        place = repr(start) if start else "the last token"
+        lines += ["", f"| head | without | moved | looks from {place} at |", "|---|---|---|---|"]
+        for head in heads:
+            name = f"{head['layer']}.{head['head']}"
+            lines.append(f"| {name} | – | – | {most_of(head['looks'])} |")
+            for held in head["without"]:
+                if held["moved"] >= MOVED:
+                    lines.append(f"| {name} | {held['site']}.{held['channel']} "
+                                 f"| {held['moved']:.2f} | {most_of(held['looks'])} |")
     return "\n".join(lines)
 
 
-def token_of(text: str, case: Case, pairs: Pairs) -> int | None:
-    """The id of --look_from, None where none is asked for. ValueError where it is no token of the
-    prompts."""
-    if not text:
-        return None
-    token = answer_id(text.encode().decode("unicode_escape"), case.tokenizer)
+def token_of(text: str, case: Case, pairs: Pairs) -> int:
+    """The id of --look_from. ValueError where it is no token of the prompts."""
+    token = answer_id(text, case.tokenizer)
     if (places_of(pairs, token) < 0).all():
         raise ValueError(f"no prompt has the token {text!r} of --look_from")
     return token
@@ -265,16 +283,17 @@ def refute(cfg: RefuteConfig) -> dict:
                    content)
     pairs = case.heldout.first(cfg.pairs)
     looking = pairs.first(LOOK_PAIRS)
-    token = token_of(cfg.look_from, case, looking)
-    margin = calibrated(margins(case.reduced, pairs, case.nodes), case.circuit.scale,
-                        case.circuit.shift)
+    starts = {"": None}
+    if cfg.look_from:
+        text = unescaped(cfg.look_from)
+        starts[text] = token_of(text, case, looking)
+    whole = calibrated(margins(case.reduced, pairs, case.nodes), case.circuit.scale,
+                       case.circuit.shift)
     return {
-        "task": content["task"], "pairs": len(pairs),
-        "loss": loss_of(margin), "right": right(margin),
+        "task": content["task"], "pairs": len(pairs), "loss": loss_of(whole), "right": right(whole),
         "loss_of_model": loss_of(margins(case.model, pairs)),
-        "nodes": [of_node(case, pairs, *node) for node in nodes_of(case.circuit.mask)],
-        "heads": of_heads(case, looking, token),
-        "look_from": cfg.look_from,
+        "nodes": [of_node(case, pairs, whole, *node) for node in nodes_of(case.circuit.mask)],
+        "heads": {start: of_heads(case, looking, token) for start, token in starts.items()},
     }
 
 
