@@ -8,10 +8,10 @@ and clipped sigmoid of noise, which is exactly 0 or 1 much of the time and has a
 The expected number of gates that are not zero is made to follow the budget of nonzeros that
 train.py has at that step, by a price on each of them that rises while there are too many.
 
-Everything else is train.py's: options, data, schedule, log and resume. Until it is done, the run has
-weights.pt and gates.pt; then the model is written, with its gates as they are without noise, and of
-what is left no more than the budget over all tensors together, the largest first: a model as any
-other, for prune.py to read.
+Everything else is train.py's: options, data, schedule, log and resume. Until it is done, the run
+has weights.pt and gates.pt; then the model is written, with its gates as they are without noise,
+and of what is left no more than the budget over all tensors together, the largest first: a model as
+any other, for prune.py to read.
 """
 import copy
 import math
