@@ -345,10 +345,8 @@ def leave_out_by_gradient(search: Search, circuit: Circuit, target: float,
     something; or what matters least, since for a part that all hangs on the gradient may say
     either."""
     price = first_order(search, circuit)
-    size = {part: abs(nats) for part, nats in price.items()}
     tries = []
-    for by in (price, size):
-        order = sorted(by, key=by.get)
+    for order in (sorted(price, key=price.get), least_first(price)):
         tries.append(without_leading(search, circuit, order, target, necessity))
     return min(tries, key=total)
 
@@ -362,8 +360,7 @@ def leave_out_past_needed(search: Search, circuit: Circuit, target: float,
     search.fit(circuit.mask, circuit.edges)
     search.accept()  # what the trials start from
     limit = (circuit.loss + target) / 2
-    size = {part: abs(nats) for part, nats in first_order(search, circuit).items()}
-    order = sorted(size, key=size.get)
+    order = least_first(first_order(search, circuit))
     n = max(1, len(order) // AT_ONCE)
     kept = 0  # in a row
     while order and kept < STUBBORN:
@@ -383,6 +380,11 @@ def leave_out_past_needed(search: Search, circuit: Circuit, target: float,
             order = order[1:]
             kept += 1
     return circuit
+
+
+def least_first(price: dict[tuple, float]) -> list[tuple]:
+    """The parts that `first_order` prices, what matters least first."""
+    return sorted(price, key=lambda part: abs(price[part]))
 
 
 def total(circuit: Circuit) -> int:
@@ -410,8 +412,7 @@ def reduce_to(search: Search, circuit: Circuit, n_edges: int) -> Circuit:
     """A circuit of at most `n_edges` edges, whatever its loss: a share of the parts goes at a time,
     by `first_order` what matters least first."""
     while circuit.size[1] > n_edges:
-        size = {part: abs(nats) for part, nats in first_order(search, circuit).items()}
-        order = sorted(size, key=size.get)
+        order = least_first(first_order(search, circuit))
         n = max(1, len(order) // AT_ONCE)
         smaller = search.fit_without(circuit, order[:n])
         while n > 1 and smaller.size[1] < n_edges:  # too far: nodes take their edges with them

@@ -76,10 +76,6 @@ class PruneConfig(MaskConfig):
 
 # --- what ablated nodes are held at ----------------------------------------------------------
 
-class Unsolved(ValueError):
-    """The whole model does not do the task as well as its circuit is to."""
-
-
 @torch.no_grad()
 def node_means(model: GPT, path: str, tokens: int, seed: int,
                sites: list[str] | None = None, window: int = 0) -> Nodes:
@@ -371,6 +367,10 @@ def set_apart(pairs: Pairs, cfg: PruneConfig) -> tuple[Pairs, Pairs | None]:
     order = torch.arange(cfg.train_pairs + cfg.apart_pairs, device=pairs.ids.device)
     train, apart = order.split([cfg.train_pairs, cfg.apart_pairs])
     return pairs.take(train), pairs.take(apart) if len(apart) else None
+
+
+class Unsolved(ValueError):
+    """The whole model does not do the task as well as its circuit is to."""
 
 
 def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:

@@ -421,6 +421,11 @@ def loop(run: Run, job: Job) -> int:
             return steps_from(start, run, job, saver)
 
 
+def densities_at(cfg: TrainConfig, step: int) -> Callable[[float], float]:
+    """Of a step, counted from 0: a function from a target density to the one that the step has."""
+    return partial(density_at, step, cfg.max_steps, start=cfg.anneal_start, end=cfg.anneal_end)
+
+
 def learning_rate_at(cfg: TrainConfig, step: int, density: float) -> float:
     """Of a step, counted from 0, at the density that matrices have then."""
     thinning = cfg.density / density if cfg.sharkfin else 1.0
@@ -434,7 +439,7 @@ def train_step(run: Run, job: Job, net: nn.Module, step: int) -> tuple[dict, obj
     not finite, the weights are left as they are.
     """
     cfg = run.cfg
-    progress = partial(density_at, step, cfg.max_steps, start=cfg.anneal_start, end=cfg.anneal_end)
+    progress = densities_at(cfg, step)
     density = progress(cfg.density)
     lr = learning_rate_at(cfg, step, density)
     job.optimizer.set_schedule(lr, progress)

@@ -17,7 +17,6 @@ import copy
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse
@@ -31,8 +30,9 @@ from torch.func import functional_call
 from jobs import Job, leave
 from model import GPT
 from ops import keep_largest_
-from optim import L0AdamW, density_at, nonzeros_of, param_groups
-from train import (TrainConfig, begin, evaluate, evaluation_text, loop, new_model, of_the_family)
+from optim import L0AdamW, nonzeros_of, param_groups
+from train import (TrainConfig, begin, densities_at, evaluate, evaluation_text, loop, new_model,
+                   of_the_family)
 
 TEMPERATURE = 2 / 3        # of the sigmoid; all three as Louizos et al. have them
 LOW, HIGH = -0.1, 1.1      # what it is stretched to, before it is clipped to 0 and 1
@@ -179,9 +179,7 @@ def main(argv: list[str]) -> int:
     status = loop(run, Job(net, modules, optimizer, evaluation, evaluation_text, describe))
     if status == 0:
         # the budget of the last step, also where that was done before
-        last = partial(density_at, cfg.max_steps - 1, cfg.max_steps, start=cfg.anneal_start,
-                       end=cfg.anneal_end)
-        optimizer.set_schedule(0.0, last)
+        optimizer.set_schedule(0.0, densities_at(cfg, cfg.max_steps - 1))
         net.settled().save(cfg.out_dir)
     return status
 

@@ -33,7 +33,7 @@ from config import as_script, bounded, die, one_of, parse, write_atomic
 import torch
 from torch import Tensor
 
-from circuit import Nodes, ablate, held_at, inverse, read_circuit
+from circuit import Nodes, ablate, heads_of, held_at, inverse, read_circuit
 from measures import Case
 from model import NodeFn, device_of, record
 from tasks import (Pairs, answer_id, batches_of, calibrated, last_logits, loss_of, margin_of,
@@ -168,50 +168,54 @@ def places_of(pairs: Pairs, token: int | None) -> Tensor:
     return torch.where(there, place, -1).max(1).values
 
 
-def attention(case: Case, head: int, layer: int, pairs: Pairs, nodes: NodeFn,
-              token: int | None = None) -> dict[str, float]:
-    """{text of a token: share of a head's attention from the last token, or from where `token`
-    stands last, the mean over the prompts that have it}; the sink has a name of its own."""
-    config = case.model.config
-    channels = slice(head * config.d_head, (head + 1) * config.d_head)
-    sinks = case.model.transformer.h[layer].attn.attn_imp
-    shares = Counter()
+def attention(case: Case, pairs: Pairs, nodes: NodeFn,
+              token: int | None = None) -> list[dict[str, float]]:
+    """Of each of the circuit's `heads_of`: {text of a token: share of its attention from the last
+    token, or from where `token` stands last, the mean over the prompts that have it}; the sink has
+    a name of its own."""
+    heads = heads_of(case.model, case.circuit.mask)
+    shares = [Counter() for _ in heads]
     n = 0
     for part in batches_of(pairs, AT_A_TIME):
         seen = {}
         case.reduced.run(case.reduced.embed(part.ids), nodes=in_turn(nodes, record(seen)))
-        q = seen[f"{layer}.attn.q"][..., channels]
-        k = seen[f"{layer}.attn.k"][..., channels]
         place = places_of(part, token)
-        rows = torch.arange(len(q), device=q.device)
-        scores = (k @ q[rows, place].unsqueeze(-1)).squeeze(-1) / math.sqrt(config.d_head)
-        behind = torch.arange(scores.shape[1], device=q.device) > place.unsqueeze(1)
-        scores = scores.masked_fill(behind, -math.inf)
-        if sinks is not None:
-            sink = sinks.sink_logit[head].expand(len(scores), 1)
-            scores = torch.cat([scores, sink], 1)
-        p = scores.softmax(-1)
-        for ids, row, there in zip(part.prompts(), p.tolist(), (place >= 0).tolist()):
-            if not there:
-                continue
-            n += 1
-            for seen_token, share in zip(ids, row):
-                shares[seen_token] += share
-            if sinks is not None:
-                shares[SINK] += row[-1]
+        there = place >= 0
+        n += int(there.sum())
+        prompts = [ids for ids, has in zip(part.prompts(), there.tolist()) if has]
+        for (layer, head, sink), of_head in zip(heads, shares):
+            for ids, row in zip(prompts, looks_of(case, seen, layer, head, place)[there].tolist()):
+                for seen_token, share in zip(ids, row):
+                    of_head[seen_token] += share
+                if sink is not None:
+                    of_head[SINK] += row[-1]
+    return [by_text(of_head, n, case) for of_head in shares]
+
+
+def looks_of(case: Case, seen: dict[str, Tensor], layer: int, head: int, place: Tensor) -> Tensor:
+    """Attention (2n, T) of a head from one place of each prompt to every token, and, where there
+    is a sink, to that as a last column. seen: queries and keys, as `record` keeps them."""
+    d_head = case.model.config.d_head
+    channels = slice(head * d_head, (head + 1) * d_head)
+    q = seen[f"{layer}.attn.q"][..., channels]
+    k = seen[f"{layer}.attn.k"][..., channels]
+    rows = torch.arange(len(q), device=q.device)
+    scores = (k @ q[rows, place].unsqueeze(-1)).squeeze(-1) / math.sqrt(d_head)
+    behind = torch.arange(scores.shape[1], device=q.device) > place.unsqueeze(1)
+    scores = scores.masked_fill(behind, -math.inf)
+    sinks = case.model.transformer.h[layer].attn.attn_imp
+    if sinks is not None:
+        sink = sinks.sink_logit[head].expand(len(scores), 1)
+        scores = torch.cat([scores, sink], 1)
+    return scores.softmax(-1)
+
+
+def by_text(totals: Counter, n: int, case: Case) -> dict[str, float]:
+    """The means of n totals, by the texts of their tokens; parts of characters share one."""
     found = Counter()
-    for key, total in shares.items():
-        # parts of characters all have the same text
+    for key, total in totals.items():
         found[key if key == SINK else repr(case.tokenizer.decode([key]))] += total / n
     return dict(found)
-
-
-def heads_of(mask: Nodes, d_head: int) -> Iterator[tuple[int, int]]:
-    """(layer, head) of every head that has a value in the circuit."""
-    for site, kept in mask.items():
-        if site.endswith("attn.v"):
-            for head in sorted({c // d_head for c in kept.nonzero().flatten().tolist()}):
-                yield int(site.split(".")[0]), head
 
 
 def of_heads(case: Case, pairs: Pairs, token: int | None) -> list[dict]:
@@ -220,17 +224,21 @@ def of_heads(case: Case, pairs: Pairs, token: int | None) -> list[dict]:
     mask = case.circuit.mask
     order = list(mask)  # sites as the model runs them
     found = []
-    for layer, head in heads_of(mask, case.model.config.d_head):
-        whole = attention(case, head, layer, pairs, case.nodes, token)
-        without = []
-        for site, channel in nodes_of(mask):
-            if order.index(site) > order.index(f"{layer}.attn.k"):
-                continue
-            held = ablate(with_gate(mask, site, channel, 0.0), case.constants)
-            looks = attention(case, head, layer, pairs, held, token)
-            moved = sum(abs(looks[text] - whole[text]) for text in whole) / 2
-            without.append({"site": site, "channel": channel, "moved": moved, "looks": looks})
-        found.append({"layer": layer, "head": head, "looks": whole, "without": without})
+    for (layer, head, _), looks in zip(heads_of(case.model, mask),
+                                       attention(case, pairs, case.nodes, token)):
+        found.append({"layer": layer, "head": head, "looks": looks, "without": []})
+    for site, channel in nodes_of(mask):
+        before = [order.index(site) <= order.index(f"{head['layer']}.attn.k") for head in found]
+        if not any(before):
+            continue
+        # one run shows where all heads look
+        held = ablate(with_gate(mask, site, channel, 0.0), case.constants)
+        for head, is_before, looks in zip(found, before, attention(case, pairs, held, token)):
+            if is_before:
+                whole = head["looks"]
+                moved = sum(abs(looks[text] - whole[text]) for text in whole) / 2
+                head["without"].append({"site": site, "channel": channel, "moved": moved,
+                                        "looks": looks})
     return found
 
 
