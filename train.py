@@ -198,11 +198,12 @@ def new_model(run: Run) -> GPT:
     return model
 
 
-def optimizer_of(cfg: TrainConfig, model: GPT, others: Iterable[dict] = ()) -> L0AdamW:
+def optimizer_of(cfg: TrainConfig, model: GPT, others: Iterable[dict] = (),
+                 kind: type[L0AdamW] = L0AdamW) -> L0AdamW:
     """For the model's parameters, and for the `others` groups."""
     groups = param_groups(model, cfg.density, cfg.embed_density, cfg.bias_density, cfg.weight_decay)
-    return L0AdamW([*groups, *others], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
-                   min_per_neuron=cfg.min_per_neuron)
+    return kind([*groups, *others], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
+                min_per_neuron=cfg.min_per_neuron)
 
 
 def autocast(cfg: TrainConfig, device: str):

@@ -10,7 +10,7 @@ from tasks import Pairs
 from test_validate import command, toy_run  # noqa: F401
 from toy import plain_margins
 from tools import refute
-from tools.refute import counterparts
+from tools.refute import NUMBERS, counterparts
 
 
 @pytest.fixture
@@ -20,7 +20,11 @@ def found(command, toy_run, capsys):  # noqa: F811
     assert refute.main([f"--circuit={command.path}", f"--data={folder}", "--pairs=40"]) == 0
     out = capsys.readouterr().out
     found = json.loads((command.path.parent / "refute.json").read_text())
-    assert found == json.loads(json.dumps(found)) and f"{found['loss']:.3f} nats" in out
+    assert f"{found['loss']:.3f} nats" in out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
+            if ".attn." in line and line.count("|") == 8]
+    assert rows == [[f"{node['site']}.{node['channel']}", *(f"{node[key]:.3f}" for key in NUMBERS)]
+                    for node in found["nodes"]]
     return found
 
 

@@ -30,9 +30,9 @@ from torch.func import functional_call
 from jobs import Job, leave
 from model import GPT
 from ops import keep_largest_
-from optim import L0AdamW, nonzeros_of, param_groups
+from optim import L0AdamW, kind_of, nonzeros_of
 from train import (TrainConfig, begin, densities_at, evaluate, evaluation_text, loop, new_model,
-                   of_the_family)
+                   of_the_family, optimizer_of)
 
 TEMPERATURE = 2 / 3        # of the sigmoid; all three as Louizos et al. have them
 LOW, HIGH = -0.1, 1.1      # what it is stretched to, before it is clipped to 0 and 1
@@ -158,15 +158,12 @@ def main(argv: list[str]) -> int:
     run = begin(cfg)
     cfg = run.cfg
     model = new_model(run)
-    groups = param_groups(model, cfg.density, cfg.embed_density, cfg.bias_density, cfg.weight_decay)
-    weights = [p for group in groups if group["target_density"] is not None
-               for p in group["params"]]
-    gates = WeightGates(weights, cfg.seed).to(run.device)
-    groups.append(dict(params=list(gates.parameters()), lr_scale=cfg.gate_lr / cfg.lr))
-    optimizer = Unprojected(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
-    of_weight = {id(p): name for name, p in model.named_parameters()}
-    names = [of_weight[id(w)] for w in weights]
-    net = Gated(model, gates, names, optimizer, cfg.price_rate)
+    sparse = {name: p for name, p in model.named_parameters()
+              if p.requires_grad and kind_of(name) != "dense"}
+    gates = WeightGates(list(sparse.values()), cfg.seed).to(run.device)
+    of_gates = dict(params=list(gates.parameters()), lr_scale=cfg.gate_lr / cfg.lr)
+    optimizer = optimizer_of(cfg, model, [of_gates], Unprojected)
+    net = Gated(model, gates, list(sparse), optimizer, cfg.price_rate)
 
     def evaluation() -> dict:
         return evaluate(net.settled(), run)
