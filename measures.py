@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ablations import Stiff, donated, exchange, half_awake
-from circuit import (FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held,
-                     without_edges)
+from circuit import FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held, without_edges
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
 from minimise import Search, parts_of

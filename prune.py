@@ -6,7 +6,7 @@
 - Bisection for the fewest leading nodes that meet the target; with --minimal, minimise.py leaves
   no node or edge more than that needs. Then what the starts found is joined, and made minimal on
   more pairs; of all these circuits the smallest counts that also holds on pairs set apart. What
-  circuit.py measures goes into the file.
+  circuit_file.py measures goes into the file.
 
     python prune.py --model=out/demo --task=single_double_quote
     python prune.py --model=out/demo --task=all --minimal --jobs=2
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablations import Varied
-from circuit import (Circuit, Found, Nodes, all_edges, alone, content_of, host, read_circuit,
-                     where_held, write_circuit)
+from circuit import Circuit, Nodes, all_edges, alone, host, where_held
+from circuit_file import Found, content_of, read_circuit, write_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from data.workers import begin_worker, cores, worker_pool
 from masks import Gates, MaskConfig, attribution, learn_masks

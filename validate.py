@@ -29,7 +29,7 @@ from functools import partial
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, one_of, out_of_bounds, parse
 
-from circuit import circuit_of, read_circuit, write_circuit
+from circuit_file import circuit_of, read_circuit, write_circuit
 from controls import CONTROLS, Subject, factor_of, run_control
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, Case, agreement, complement, frozen_norms,

@@ -33,7 +33,7 @@ import re
 import sys
 from pathlib import Path
 
-from circuit import read_circuit
+from circuit_file import read_circuit
 from config import as_script, die, write_atomic
 
 PAGE = Path(__file__).with_name("view.html")

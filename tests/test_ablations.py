@@ -6,7 +6,8 @@ import torch
 
 import prune
 from ablations import VARIED, Stiff, Varied, awake, donated, exchange, half_awake
-from circuit import ablate, alone, circuit_of
+from circuit import ablate, alone
+from circuit_file import circuit_of
 from masks import Gates, MaskConfig, gate_gradient, learn_masks, runs_of
 from measures import Case, frozen_norms, resample_task
 from minimise import Search, minimise

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import tasks
-from circuit import (Circuit, ablate, all_edges, alone, between, circuit_of, count, drop_unconnected, edges_of,
-                     graph_of, read_circuit, without_edges, without_topk)
+from circuit import (Circuit, ablate, all_edges, alone, between, count, drop_unconnected, edges_of, graph_of,
+                     without_edges, without_topk)
+from circuit_file import circuit_of, read_circuit
 from tasks import calibrate, calibrated, fitting_batches, last_logits, loss_of, margins, task_loss
 from toy import (CIRCUIT, EVERY_SITE, all_nodes, as_mask, by_hand, dense, hand_made, kept_of, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_edges, random_model, scaled, toy_circuit, toy_pairs, without_afrac)

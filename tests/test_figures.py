@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bridge import BridgeConfig
-from circuit import read_circuit
+from circuit_file import read_circuit
 from config import parse
 from data.tinypython.tokenizer import load_tokenizer
 from measures import correlation

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from circuit import Circuit, all_edges, write_circuit
+from circuit import Circuit, all_edges
+from circuit_file import write_circuit
 from config import parse, to_toml
 from masks import Gates, first_taus
 from model import GPT

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuit import read_circuit, write_circuit
+from circuit_file import read_circuit, write_circuit
 from model import record
 from tokens import random_windows
 from tools import inspect

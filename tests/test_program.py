@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import prune
-from circuit import (FINAL, Circuit, ablate, all_edges, alone, answers_of, between, drop_unconnected, graph_of,
-                     without_edges)
+from circuit import FINAL, Circuit, ablate, all_edges, alone, between, drop_unconnected, graph_of, without_edges
+from circuit_file import answers_of
 from data.tinypython.tokenizer import load_tokenizer, tokenizer_hash
 from measures import Case, standalone
 from minimise import Search

@@ -17,7 +17,8 @@ import torch
 
 import prune
 from data import workers
-from circuit import ablate, all_edges, circuit_of, drop_unconnected, edges_of, graph_of
+from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
+from circuit_file import circuit_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig, record
 from minimise import Search

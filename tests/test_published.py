@@ -1,4 +1,4 @@
-"""tools/published.py: files built as the authors' are become circuits that circuit.py, view.py and validate.py take."""
+"""tools/published.py: files built as the authors' are become circuits that circuit_file.py, view.py and validate.py take."""
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import validate
-from circuit import FINAL, ablate, circuit_of, graph_of, read_circuit
+from circuit import FINAL, ablate, graph_of
+from circuit_file import circuit_of, read_circuit
 from model import record
 from prune import node_means
 from tasks import calibrated, last_logits, loss_of, margin_of, margins

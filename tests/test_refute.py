@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from circuit import circuit_of
+from circuit_file import circuit_of
 from model import GPT
 from tasks import Pairs
 from test_validate import command, toy_run  # noqa: F401

@@ -14,7 +14,8 @@ import torch.nn as nn
 
 import validate
 import measures
-from circuit import Circuit, all_edges, between, circuit_of
+from circuit import Circuit, all_edges, between
+from circuit_file import circuit_of
 from data.tinypython.filler import FILES, GROWN, NOUNS, VARIABLES
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from prune import PruneConfig, node_means

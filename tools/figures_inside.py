@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import Nodes, read_circuit, run_to_last
+from circuit import Nodes, run_to_last
+from circuit_file import read_circuit
 from data.tinypython.filler import NOUNS, function, number, variable
 from measures import Case, correlation
 from model import GPT, NodeFn, record

@@ -21,7 +21,7 @@ from functools import partial
 
 from config import write_atomic
 
-from circuit import write_circuit
+from circuit_file import write_circuit
 from data.workers import cores
 from model import weights_hash
 from prune import (PruneConfig, Unsolved, already_pruned, constants_of, in_processes, path_of,

@@ -11,7 +11,7 @@ Losses are in nats.
 import json
 import os
 
-from circuit import read_circuit
+from circuit_file import read_circuit
 from controls import factor_of
 from tools.figures_lab import Found, Lab, said
 from tools.figures_sizes import AIM

@@ -32,7 +32,7 @@ from pathlib import Path
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse, write_atomic
 
-from circuit import circuit_of, read_circuit
+from circuit_file import circuit_of, read_circuit
 from model import weights_hash
 from prune import PruneConfig, in_processes, prune_task
 from tasks import load_model, load_pairs, task_of

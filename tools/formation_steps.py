@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuit import (MAPS, Circuit, Nodes, alone, circuit_of, edges_of, graph_of, host,
-                     stream_ends, without_edges)
+from circuit import MAPS, Circuit, Nodes, alone, edges_of, graph_of, host, without_edges
+from circuit_file import circuit_of, stream_ends
 from masks import Gates
 from minimise import (MANY_PARTS, WORTHWHILE, Search, leave_out, leave_out_by_gradient, minimise,
                       total)

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import circuit_of, read_circuit
+from circuit_file import circuit_of, read_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from model import GPT, device_of, record, weights_hash
 from tasks import load_model, prompt_ids

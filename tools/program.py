@@ -38,7 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuit import Circuit, alone, answers_of, read_circuit
+from circuit import Circuit, alone
+from circuit_file import answers_of, read_circuit
 from live import serves
 from measures import Case, correlation, standalone
 from tasks import Pairs

@@ -27,8 +27,9 @@ from config import as_script, bounded, die, one_of, parse
 import torch
 from torch import Tensor
 
-from circuit import (FINAL, Circuit, Edges, Found, Nodes, ablate, all_edges, between, content_of,
-                     count, examples, graph_of, without_edges, write_circuit)
+from circuit import (FINAL, Circuit, Edges, Nodes, ablate, all_edges, between, count, graph_of,
+                     without_edges)
+from circuit_file import Found, content_of, examples, write_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from model import GPT, device_of
 from prune import PruneConfig, node_means, settings_in_file

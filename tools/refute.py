@@ -33,7 +33,8 @@ from config import as_script, bounded, die, one_of, parse, write_atomic
 import torch
 from torch import Tensor
 
-from circuit import Nodes, ablate, heads_of, held_at, inverse, read_circuit
+from circuit import Nodes, ablate, heads_of, held_at, inverse
+from circuit_file import read_circuit
 from measures import Case
 from model import NodeFn, device_of, record
 from tasks import (Pairs, answer_id, batches_of, calibrated, last_logits, loss_of, margin_of,
