@@ -36,6 +36,7 @@ from tools.formation import FormationConfig
 from tools.hard_concrete import HardConcreteConfig
 from tools.inspect import InspectConfig
 from tools.planted import PlantedConfig
+from tools.planted_cards import CardsConfig
 from tools.published import PublishedConfig
 from tools.refute import RefuteConfig
 from tools.repeats import RepeatsConfig
@@ -415,6 +416,7 @@ KINDS = {
     "tools/hard_concrete.py": HardConcreteConfig,
     "tools/inspect.py": InspectConfig,
     "tools/planted.py": PlantedConfig,
+    "tools/planted_cards.py": CardsConfig,
     "tools/published.py": PublishedConfig,
     "tools/refute.py": RefuteConfig,
     "tools/repeats.py": RepeatsConfig,
@@ -422,7 +424,9 @@ KINDS = {
 }
 
 
-DOCS = ["README.md", "docs/circuits.md", "docs/figures.md", "docs/formation.md", "docs/programs.md", "docs/results.md", "docs/faithfulness.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md", "docs/speed.md"]
+DOCS = ["README.md", "docs/circuits.md", "docs/figures.md", "docs/formation.md", "docs/programs.md", "docs/results.md",
+        "docs/faithfulness.md", "docs/training.md", "docs/published.md", "docs/tasks.md", "docs/planted.md",
+        "docs/speed.md", "docs/tools.md"]
 
 
 @pytest.mark.parametrize("page", DOCS)
