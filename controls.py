@@ -27,11 +27,11 @@ from torch import Tensor
 
 from circuit import Nodes, alone, host
 from masks import Gates
-from minimise import Search, reduce_to
+from minimise import quiet, reduce_to
 from model import GPT
 from ops import keep_largest_
-from prune import (SLACKS, PruneConfig, constants_of, discretise, quiet, rank, smallest,
-                   varied_for)
+from prune import SLACKS, PruneConfig, constants_of, discretise, rank, smallest, varied_for
+from search import Search
 from tasks import TASKS, Pairs, Task, answer_ids, calibrated, loss_of
 
 MORE_STEPS = (1, 3, 9)  # times the circuit's own: until the target is met or the loss is flat

@@ -1,16 +1,14 @@
 """From a circuit that meets a target loss to one from which no single node or edge can go.
 
-- `Search`: fits many circuits of one model to the same pairs, and does not repeat what stays the
-  same from one to the next.
 - `minimise`: leaves out nodes and edges, the cheapest first; its last round tries every one of them
   in vain, and is the certificate. The authors removed leftovers by hand (paper A.5).
+- `exchange`: where leaving out gets stuck, one part comes back and others go in its place.
 - `first_order`: what each part is worth, all at once, where there are too many to try each.
-- `parts_of`, `without`: the single nodes and edges of a circuit.
 - The result carries a `Certificate`, which says in words what was tried.
 """
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Set
 from dataclasses import replace
 from functools import partial
 
@@ -18,17 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablations import Varied
-from circuit import (MAPS, Certificate, Circuit, Edges, Nodes, ablate, between, drop_unconnected,
-                     graph_of, inverse, run_to_last, without_edges)
-from live import Live, Ready, serves
-from model import GPT
-from tasks import (Pairs, answer_ids, batches_of, calibrate, calibrated, last_logits, loss_of,
-                   margin_of, margins)
+from circuit import (MAPS, Certificate, Circuit, ablate, between, graph_of, run_to_last,
+                     without_edges)
+from search import Search, partner, parts_of
+from tasks import batches_of, calibrated, margin_of
 
-# A fit gives up only this far past its target: calibration pulls the scale a little toward 1, so
-# the loss of the pairs seen so far is a lower bound only to about 1%.
-CLEARLY_ABOVE = 1.01
 LEAST_EDGES = 0.5  # what goes without any edge is priced as if half an edge had gone with it
 NOISE = 1e-4       # nats per edge: so small a rise is within what calibration leaves undone
 # What goes may cost this many times what was promised: prices rise as the circuit gets smaller, and
@@ -41,153 +33,9 @@ AT_ONCE = 8
 MANY_PARTS = 300
 WORTHWHILE = 0.9  # another round by gradient, as long as it leaves out a tenth
 FINE = 64         # how near to the most that can go together a bisection comes, as a share
+EXCHANGES = 16    # parts that are let back in for a time, those first that help the most
 STUBBORN = 64     # so many in a row that cannot go: what stands behind them matters more still
 AT_A_TIME = 32    # pairs in a pass with gradients
-
-
-# --- fitting many circuits to the same pairs -------------------------------------------------
-
-class Search:
-    """Fits many circuits of one model to the same pairs, each a change of the last one accepted.
-
-    Savings, none of which changes a result: a fit stops once the pairs seen so far, though none of
-    the others cost anything, put the loss above the target; and live.py computes only what is not
-    constant, from the first sublayer on that differs from the accepted circuit.
-    """
-
-    def __init__(self, model: GPT, constants: Nodes, pairs: Pairs, tie_qk: bool = False,
-                 batch: int = 32, whole: GPT | None = None, varied: Varied | None = None):
-        """tie_qk: a query channel and the key channel that it meets are one part. whole: the model
-        that is to miss the circuit, where `model` is that one `without_topk`. varied: a circuit's
-        loss is the highest under any of these ablations and at the constants."""
-        self.model = model
-        self.whole = model if whole is None else whole
-        self.constants = constants
-        self.tie_qk = tie_qk
-        self.varied = varied
-        self.answers = answer_ids(pairs)
-        by_length = pairs.last[::2].argsort()  # less padding in a batch
-        self.batches = batches_of(pairs.take(by_length), batch)
-        self.n_pairs = len(pairs)
-        n_quarter = (len(pairs) + 3) // 4
-        self.quarter = pairs.take(torch.arange(n_quarter, device=pairs.ids.device))
-
-        with torch.no_grad():
-            self.live = Live(model, constants, pairs) if serves(model) else None
-        # the accepted circuit, prepared, and what each sublayer writes for each batch
-        self.accepted: Circuit | None = None
-        self.ready = None
-        self.writes = [[] for _ in self.batches]
-
-    @torch.no_grad()
-    def fit(self, mask: Nodes, edges: Edges, target: float = math.inf) -> Circuit:
-        """Drop the nodes without a path and calibrate (paper A.5). The circuit's loss, in nats, is
-        inf where it is above `target` or not a number."""
-        mask = drop_unconnected(self.model, mask, self.answers, edges)
-        circuit = Circuit(mask, between(self.model, mask, edges), 1.0, 0.0, math.inf)
-        run, ready = self._runner(circuit)
-        n_prompts = sum(2 * len(part) for part in self.batches)
-        ask = 0  # after how many prompts to look at the loss
-        writes = []
-        margin = []
-        seen = 0
-        for part, known in zip(self.batches, self.writes):
-            written, logits = run(part, known)
-            writes.append(written)
-            margin.append(margin_of(logits, part))
-            seen += 2 * len(part)
-            if seen < min(ask, n_prompts):
-                continue
-            ask = 2 * seen  # calibrating, too, takes time
-
-            # no prompt has a negative loss, so those seen bound the loss of all from below
-            so_far = torch.cat(margin)
-            circuit.scale, circuit.shift = calibrate(so_far)
-            loss = loss_of(calibrated(so_far, circuit.scale, circuit.shift))
-            if loss * seen / n_prompts > CLEARLY_ABOVE * target:
-                break
-
-        if self.varied is not None and seen == n_prompts and loss <= target:
-            # of a quarter of the pairs: live.py does not serve here
-            loss = max(loss, self.varied.worst(circuit, self.quarter))
-        if seen == n_prompts and loss <= target:
-            circuit.loss = loss
-        self.trial = circuit, ready, writes
-        return circuit
-
-    def _runner(self, circuit: Circuit) -> tuple[Callable, Ready | None]:
-        """A function from pairs, and what sublayers are known to write for them, to what they write
-        and the last tokens' logits."""
-        if self.live is not None:
-            ready = self.live.prepare(circuit.mask, circuit.edges, self.ready)
-            return partial(self.live.run, ready), ready
-        reduced = without_edges(self.model, circuit, self.constants)
-        nodes = ablate(circuit.mask, self.constants)
-
-        def run(pairs: Pairs, known: list) -> tuple[list, Tensor]:
-            return known, last_logits(reduced, pairs, nodes)
-        return run, None
-
-    def accept(self) -> Circuit:
-        """The circuit fitted last is what the next ones start from."""
-        self.accepted, self.ready, self.writes = self.trial
-        return self.accepted
-
-    def fit_without(self, circuit: Circuit, parts: Iterable[tuple],
-                    target: float = math.inf) -> Circuit:
-        """`fit` of a circuit less some of its `parts_of`."""
-        return self.fit(*without(circuit, *parts, tie_qk=self.tie_qk), target)
-
-    def meets(self, circuit: Circuit, target: float, necessity: float) -> bool:
-        """Whether a circuit is as good as asked on its own, and missed as much as asked."""
-        if not circuit.loss <= target:
-            return False
-        return necessity == 0 or self.loss_without(circuit.mask) >= necessity
-
-    def loss_without(self, mask: Nodes) -> float:
-        """Nats of the whole model with only the nodes of `mask` ablated: necessity (paper 2.2)."""
-        nodes = inverse(mask, self.constants)
-        total = 0.0
-        for part in self.batches:
-            total += loss_of(margins(self.whole, part, nodes)) * len(part)
-        return total / sum(len(part) for part in self.batches)
-
-
-# --- the parts of a circuit ------------------------------------------------------------------
-
-def parts_of(circuit: Circuit, tie_qk: bool = False) -> list[tuple]:
-    """Every node (site, channel) and edge (from site, to site, its number among the nonzeros). With
-    tie_qk a query channel and the key channel that it meets are one part, named by the query."""
-    parts = []
-    for site, kept in circuit.mask.items():
-        if tie_qk and site.endswith("attn.k"):  # a key that has lost its query is a part by itself
-            kept = kept & ~circuit.mask[partner(site)]
-        parts += [(site, i) for i in kept.nonzero().flatten().tolist()]
-    for ends, kept in circuit.edges.items():
-        parts += [(*ends, i) for i in kept.nonzero().flatten().tolist()]
-    return parts
-
-
-def partner(site: str) -> str:
-    """The keys' site of a queries' site, and the other way round."""
-    return site[:-1] + ("k" if site.endswith("q") else "q")
-
-
-def without(circuit: Circuit, *parts: tuple, tie_qk: bool = False) -> tuple[Nodes, Edges]:
-    """The nodes and edges of a circuit less some of `parts_of`."""
-    mask = dict(circuit.mask)
-    edges = dict(circuit.edges)
-    for *name, i in parts:
-        if len(name) == 2:
-            gone = [(edges, tuple(name))]
-        else:
-            gone = [(mask, name[0])]
-            if tie_qk and name[0].endswith("attn.q"):
-                gone.append((mask, partner(name[0])))
-        for chosen, key in gone:
-            chosen[key] = chosen[key].clone()
-            chosen[key][i] = False
-    return mask, edges
 
 
 # --- leaving out what is not needed ----------------------------------------------------------
@@ -201,7 +49,7 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     may meet the target. The circuit must meet both to begin with, or every removal would be refused
     and the certificate would say nothing.
     """
-    before = circuit.size
+    pool = circuit
     # Where there are many parts, to price each by a trial would take minutes for every round. The
     # gradient prices all at once; what it is wrong about, the passes below mend.
     for leave_out_many, how in ((leave_out_by_gradient, "by gradient"),
@@ -225,19 +73,29 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
 
     # Second pass. Prices from all pairs, until a round leaves nothing out: then every part was
     # tried, and each alone is needed. That round is the certificate.
-    while leave_out(search, search, target, say, necessity):
-        pass
+    leave_out_all(search, target, say, necessity)
+    while exchange(search, pool, target, say, necessity):
+        leave_out_all(search, target, say, necessity)
     tried = len(parts_of(search.accepted, search.tie_qk))
     varied = search.varied is not None
-    certificate = Certificate(tried, search.n_pairs, target, necessity, before, varied)
+    certificate = Certificate(tried, search.n_pairs, target, necessity, pool.size, varied)
     return replace(search.accepted, certificate=certificate)
 
 
-def leave_out(search: Search, pricer: Search, target: float, say, necessity: float) -> bool:
+def leave_out_all(search: Search, target: float, say, necessity: float,
+                  stay: Set = frozenset()) -> None:
+    """Leave out what can go of the accepted circuit, until nothing can; but for what is to stay."""
+    while leave_out(search, search, target, say, necessity, stay):
+        pass
+
+
+def leave_out(search: Search, pricer: Search, target: float, say, necessity: float,
+              stay: Set = frozenset()) -> bool:
     """Ask `pricer` for the price of each part of the accepted circuit, then leave out what can go.
 
     Lazily greedy: the cheapest first, several at a time while they cost what they promised. The
-    accepted circuit of `search` is then the smaller one. Returns whether anything went.
+    accepted circuit of `search` is then the smaller one. Returns whether anything went. What is to
+    `stay` is not tried, but goes where it loses its path.
     """
     before = search.accepted
     clock = time.monotonic()
@@ -246,6 +104,8 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
         limit = pricer.accepted.loss + max(target - before.loss, target / 4)
     queue = []  # (price, its number, part), cheapest first; the number decides between equals
     for number, part in enumerate(parts_of(before, search.tie_qk)):
+        if part in stay:
+            continue
         trial = pricer.fit_without(before, [part], limit)
         price = price_of(trial, pricer.accepted)
         if math.isfinite(price):
@@ -286,6 +146,74 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
             most = n // 2
         elif math.isfinite(price):  # dearer by now than the next one was: its turn comes later
             queue.append((price, *few[0][1:]))
+
+
+# --- letting one part back in ----------------------------------------------------------------
+
+def exchange(search: Search, pool: Circuit, target: float, say, necessity: float) -> bool:
+    """Let parts of `pool` back into the accepted circuit, one at a time, those first that help the
+    most, and leave out what can then go. What is smaller is accepted. Returns whether any was."""
+    before = search.accepted
+    helpful = []  # (loss with it, part)
+    for part in parts_of(pool, search.tie_qk):
+        trial = with_part(search, before, part, pool)
+        if trial is not None and trial.loss < before.loss:
+            helpful.append((trial.loss, part))
+
+    circuit = before
+    for _, part in sorted(helpful)[:EXCHANGES]:
+        larger = with_part(search, circuit, part, pool)
+        if larger is None:
+            continue
+        search.accept()
+        added = set(parts_of(larger, search.tie_qk)) - set(parts_of(circuit, search.tie_qk))
+        leave_out_all(search, target, quiet, necessity, added)
+        if by_edges(search.accepted) < by_edges(circuit):
+            circuit = search.accepted
+        else:
+            search.fit(circuit.mask, circuit.edges)
+            search.accept()
+    if circuit is not before:
+        say(f"  {before.size[0]} nodes, {before.size[1]} edges: exchanged to {circuit.size[0]} "
+            f"nodes, {circuit.size[1]} edges")
+    return circuit is not before
+
+
+def with_part(search: Search, circuit: Circuit, part: tuple, pool: Circuit) -> Circuit | None:
+    """A circuit with one part more: a node of `pool` with all edges that this has between it and
+    the circuit's nodes, or an edge between two of them. None where it is there, or has no path."""
+    if part in parts_of(circuit, search.tie_qk):
+        return None
+    *name, i = part
+    mask = dict(circuit.mask)
+    edges = dict(circuit.edges)
+    if len(name) == 1:
+        sites = [name[0]]
+        if search.tie_qk and name[0].endswith("attn.q"):
+            sites.append(partner(name[0]))
+        for site in sites:
+            mask[site] = mask[site].clone()
+            mask[site][i] |= pool.mask[site][i]
+        # less those that had gone from between the nodes that are there
+        inside = between(search.model, circuit.mask)
+        for ends, kept in between(search.model, mask, pool.edges).items():
+            edges[ends] = edges[ends] | (kept & ~inside[ends])
+    else:
+        ends = tuple(name)
+        edges[ends] = edges[ends].clone()
+        edges[ends][i] = True
+    larger = search.fit(mask, edges)
+    return larger if by_edges(larger) > by_edges(circuit) else None
+
+
+def by_edges(circuit: Circuit) -> tuple[int, int]:
+    """What the smaller of two circuits has less of: edges, or nodes where these are as many."""
+    n_nodes, n_edges = circuit.size
+    return n_edges, n_nodes
+
+
+def quiet(text: str) -> None:
+    """In place of the lines that pruning prints."""
 
 
 # --- many parts at once ----------------------------------------------------------------------

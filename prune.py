@@ -35,8 +35,9 @@ from circuit_file import Found, content_of, read_circuit, write_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from data.workers import begin_worker, cores, worker_pool
 from masks import Gates, MaskConfig, attribution, learn_masks
-from minimise import Search, minimise
+from minimise import minimise
 from model import GPT, config_of, device_of, weights_hash
+from search import Search
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of,
                    margins, rows_at_once, task_of)
 from tokens import check_tokenizer, random_windows, window_of
@@ -118,10 +119,6 @@ def varied_for(cfg: PruneConfig, model: GPT, whole: GPT, constants: Nodes,
                pairs: Pairs) -> Varied | None:
     """The other ablations that the config asks for; None where it is content with the constants."""
     return Varied(model, whole, constants, pairs) if cfg.varied else None
-
-
-def quiet(text: str) -> None:
-    """In place of the lines that pruning prints."""
 
 
 # --- from a ranking to a circuit -------------------------------------------------------------

@@ -10,7 +10,8 @@ from circuit import ablate, alone
 from circuit_file import circuit_of
 from masks import Gates, MaskConfig, gate_gradient, learn_masks, runs_of
 from measures import Case, frozen_norms, resample_task
-from minimise import Search, minimise
+from minimise import minimise
+from search import Search
 from tasks import last_logits
 from toy import (TOY, Digits, all_edges, all_nodes, hand_made, parallel_model, random_model, toy_pairs, toy_setup)
 

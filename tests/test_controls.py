@@ -12,7 +12,8 @@ from controls import (CONTROLS, Subject, before_training, exchanged_answers, fac
                       permuted_rows, random_signs, run_control)
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 import minimise
-from minimise import Search, first_order, leave_out_by_gradient, leave_out_past_needed, parts_of, reduce_to, without
+from minimise import first_order, leave_out_by_gradient, leave_out_past_needed, reduce_to
+from search import Search, parts_of, without
 from prune import node_means
 from tasks import TASKS, load_pairs
 from toy import (TOY, Digits, all_nodes, as_mask, hand_made, one_thread, parallel_model, random_model, toy_pairs, toy_setup)  # noqa: F401

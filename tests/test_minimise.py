@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from circuit import Circuit, ablate, all_edges, between, drop_unconnected, without_edges
-from minimise import Search, minimise, parts_of, without
+from circuit import Circuit, ablate, all_edges, between, count, drop_unconnected, graph_of, without_edges
 from masks import Gates
+from minimise import exchange, minimise, with_part
 from prune import Ranking, discretise
+from search import Search, parts_of, without
 from tasks import calibrate, calibrated, loss_of, margins
 from toy import (EVERY_SITE, all_nodes, as_mask, kept_of, nats, one_thread, parallel_model, plain_margins,  # noqa: F401
                  random_model, scaled, toy_pairs, toy_setup)
@@ -201,3 +202,74 @@ def test_with_a_bound_on_necessity_no_node_goes_whose_ablation_the_model_needs_t
     for part in parts_of(got):  # each part is needed for the one or for the other
         less = drop_unconnected(model, without(got, part)[0], (2, 3), without(got, part)[1])
         assert loss_without(model, got, part, constants, pairs) > target - 2e-4 or without_circuit(less) < bound + 1e-4, part
+
+
+# --- one part back in, others out -------------------------------------------------------------------
+
+def mixed_model():
+    """Value 2 reads what values 0 and 1 read, both alike; of those, the second writes half as much."""
+    model = parallel_model()
+    block = model.transformer.h[0]
+    block.attn.c_attn.weight[12 + 2] = 0.0
+    block.attn.c_attn.weight[12 + 2, :2] = 1.0
+    block.attn.c_proj.weight[5, 1] = 0.5
+    return model
+
+
+def test_a_part_comes_back_where_others_can_then_go(tmp_path):
+    (model, _, constants), pairs = toy_setup(tmp_path, mixed_model()), toy_pairs(24)
+    search = Search(model, constants, pairs)
+    reads = {"0.attn.act_in": [0, 1], "0.attn.resid_delta": [5]}
+    pool = search.fit(as_mask(model, {**reads, "0.attn.v": [0, 1, 2]}), all_edges(model))
+    stuck = search.fit(as_mask(model, {**reads, "0.attn.v": [0, 1]}), all_edges(model))
+    search.accept()
+    target = stuck.loss + 1e-4
+    assert all(search.fit_without(stuck, [part]).loss > target for part in parts_of(stuck)) and stuck.size == (5, 4)
+    assert exchange(search, pool, target, lambda text: None, 0.0)
+    got = search.accepted
+    assert kept_of(got.mask) == {"0.attn.act_in": [0, 1], "0.attn.v": [2], "0.attn.resid_delta": [5]}
+    assert got.size == (4, 3) and loss_without(model, got, None, constants, pairs) < target
+    assert not exchange(search, pool, target, lambda text: None, 0.0)  # nothing better: it stays as it is
+    same_parts(search.accepted, got.mask, got.edges)
+    # what the model must miss binds here as well: all it has goes through both reads
+    search.fit(stuck.mask, stuck.edges)
+    search.accept()
+    assert not exchange(search, pool, target, lambda text: None, 99.0)
+    same_parts(search.accepted, stuck.mask, stuck.edges)
+
+
+@pytest.mark.parametrize("tie_qk", [False, True])
+def test_a_circuit_with_one_part_more_is_it_and_that_part_alone(tmp_path, tie_qk):
+    model = random_model(std=1.0, keep=0.6, n_layer=2)
+    (_, _, constants), pairs = toy_setup(tmp_path, model), toy_pairs(8)
+    search = Search(model, constants, pairs, tie_qk)
+    pool = search.fit(all_nodes(model), {k: e & (torch.rand(e.shape) < 0.9) for k, e in all_edges(model).items()})
+    circuit = search.fit(*changed(pool.mask, pool.edges, 0))
+    larger = 0
+    for part in parts_of(pool, tie_qk):
+        got = with_part(search, circuit, part, pool)
+        if part in parts_of(circuit, tie_qk):
+            assert got is None
+            continue
+        own = {site: m.clone() for site, m in circuit.mask.items()}
+        edges = {ends: e.clone() for ends, e in circuit.edges.items()}
+        if len(part) == 3:
+            edges[part[:2]][part[2]] = True
+        else:
+            site, i = part
+            own[site][i] = True
+            if tie_qk and site.endswith("attn.q") and pool.mask[site[:-1] + "k"][i]:
+                own[site[:-1] + "k"][i] = True
+            for ends, wires in graph_of(model).wires.items():  # the pool's, at the new nodes
+                for n, (a, b) in enumerate(zip(wires.source.tolist(), wires.to.tolist())):
+                    new = own[ends[0]][a] and own[ends[1]][b] and not (circuit.mask[ends[0]][a] and circuit.mask[ends[1]][b])
+                    edges[ends][n] |= new and bool(pool.edges[ends][n])
+        own = drop_unconnected(model, own, (2, 3), edges)
+        edges = between(model, own, edges)
+        if got is None:
+            # no path, or a node without an edge, such as a value that is read and not written
+            assert (count(edges), count(own)) <= (circuit.size[1], circuit.size[0])
+        else:
+            same_parts(got, own, edges)
+            larger += 1
+    assert larger > 3

@@ -6,7 +6,7 @@ import torch
 
 from circuit import edges_of
 from data.tinypython.tokenizer import load_tokenizer
-from minimise import Search
+from search import Search
 from model import GPT
 from prune import PruneConfig, constants_of
 from tasks import TASKS, calibrate, calibrated, load_pairs, loss_of, margins

@@ -16,7 +16,7 @@ from circuit import FINAL, Circuit, ablate, all_edges, alone, between, drop_unco
 from circuit_file import answers_of
 from data.tinypython.tokenizer import load_tokenizer, tokenizer_hash
 from measures import Case, standalone
-from minimise import Search
+from search import Search
 from prune import PruneConfig, constants_of
 from tasks import TASKS, load_pairs
 from tools import program

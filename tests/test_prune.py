@@ -21,7 +21,7 @@ from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
 from circuit_file import circuit_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig, record
-from minimise import Search
+from search import Search
 from masks import Gates, attribution, learn_masks, mend_
 from prune import SLACKS, node_means
 from tasks import TASKS, Task, margins, task_loss

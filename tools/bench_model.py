@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from circuit import all_edges
-from minimise import Search, parts_of, without
 from model import GPT
 from masks import Gates, attribution, learn_masks
 from prune import PruneConfig, node_means
+from search import Search, parts_of, without
 from tasks import Pairs, load_model, load_pairs, task_of
 from tokens import window_of
 

@@ -23,9 +23,10 @@ from config import write_atomic
 
 from circuit_file import write_circuit
 from data.workers import cores
+from minimise import quiet
 from model import weights_hash
 from prune import (PruneConfig, Unsolved, already_pruned, constants_of, in_processes, path_of,
-                   prune, quiet, settings_in_file)
+                   prune, settings_in_file)
 from tasks import load_model, task_of
 from tokens import read_data
 from tools.formation import read_log

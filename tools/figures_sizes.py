@@ -12,8 +12,9 @@ import statistics
 
 from circuit import alone, inverse
 from masks import Gates
-from minimise import Search
-from prune import PruneConfig, constants_of, geometric_mean, leading_gates, quiet, rank
+from minimise import quiet
+from prune import PruneConfig, constants_of, geometric_mean, leading_gates, rank
+from search import Search
 from tasks import calibrated, load_model, load_pairs, loss_of, margins, task_of
 from tools.figures_lab import Edges, Found, Lab, common_tasks, said
 

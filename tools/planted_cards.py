@@ -26,9 +26,10 @@ from config import as_script, bounded, die, parse
 from circuit import Circuit, Nodes, drop_unconnected, edges_of
 from data.tinypython.tokenizer import load_tokenizer
 from measures import Case, agreement, idle, necessity, necessity_refit, sufficiency
-from minimise import Search, minimise
+from minimise import minimise, quiet
 from model import GPT
-from prune import PruneConfig, constants_of, quiet
+from prune import PruneConfig, constants_of
+from search import Search
 from tasks import Pairs, answer_ids, load_pairs
 from tools.planted import (PROMPT, Planted, PlantedConfig, as_circuit, cell, needed, parts_found,
                            plant, truth_of, words_of)
