@@ -119,7 +119,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
     [-1, 1].
 
     k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
-    while the running mean of the loss is below 2/3 of the lowest target, and shrinks while above.
+    while the running mean of the loss is below 2/3 of the (lowest) target, and shrinks while above.
     Where a step closes a gate that the circuit cannot do without, it is taken back (`mend_`).
     varied: the steps take its ablations and the mean in turn, and k follows the worst of them.
     """

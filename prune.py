@@ -218,22 +218,23 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
          say=print) -> Iterator[Circuit]:
     """The circuits of one model and task, one per target loss, found on `pairs` (paper A.5).
 
-    Masks are learnt from several seeds, because one of them may end in twice the edges of another.
+    Masks are learnt from several seeds, because one of them may end in twice the edges of another;
+    and for each target anew, because those for a low one leave too many gates open for a high one.
     Where a target cannot be met, the circuit's loss says so.
     """
     whole = model  # must miss the circuit, whatever that runs in
     model = host(whole, cfg.standalone)
     gates = Gates(model, cfg.tie_qk)
     varied = varied_for(cfg, model, whole, constants, pairs)
-    rankings = []
-    for start in range(cfg.starts if cfg.method == "learned" else 1):
-        seed = cfg.seed + NEXT_START * start
-        rankings.append(rank(model, pairs, constants, gates, replace(cfg, seed=seed), say, varied))
 
     def search_on(n: int) -> Search:
         return Search(model, constants, pairs.first(n), cfg.tie_qk, whole=whole, varied=varied)
 
     for target in cfg.target_loss:
+        rankings = []
+        for start in range(cfg.starts if cfg.method == "learned" else 1):
+            this = replace(cfg, seed=cfg.seed + NEXT_START * start, target_loss=(target,))
+            rankings.append(rank(model, pairs, constants, gates, this, say, varied))
         few = search_on(cfg.fit_pairs)
         many = search_on(cfg.join_pairs) if cfg.minimal else few  # only minimal ones are joined
         circuit = best_start(few, many, gates, rankings, apart, target, cfg, say)
@@ -323,8 +324,8 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
           say=print) -> Iterator[dict]:
     """Find, then measure and describe: the content of circuit.json for each target loss.
 
-    Unsolved, before anything is looked for, where the model fails the task; ValueError where no
-    circuit meets a target.
+    ValueError, before anything is looked for, where the model fails the task; and where no circuit
+    meets a target.
     """
     device = model.lm_head.weight.device
     T = model.config.block_size
@@ -366,19 +367,15 @@ def set_apart(pairs: Pairs, cfg: PruneConfig) -> tuple[Pairs, Pairs | None]:
     return pairs.take(train), pairs.take(apart) if len(apart) else None
 
 
-class Unsolved(ValueError):
-    """The whole model does not do the task as well as its circuit is to."""
-
-
 def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:
-    """Unsolved where the whole model's loss on held-out pairs is above a target."""
+    """ValueError where the whole model's loss on held-out pairs is above a target."""
     unpruned = margins(model, heldout)
     scale, shift = calibrate(margins(model, train.first(cfg.fit_pairs)))
     # calibrated on training pairs, as its circuits are
     at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))
     for target in cfg.target_loss:
         if not at_best <= target:  # nor is NaN a solution
-            raise Unsolved(
+            raise ValueError(
                 f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats "
                 f"held out ({at_best:.3f} calibrated), target {target}; train longer, or raise "
                 "--target_loss")

@@ -28,7 +28,6 @@ from tools.figures_inside import binarise, binary, first_levels, kurtosis, level
 from tools.figures_lab import CLOSE, TRIES, Found, Lab, Run, common_tasks, next_steps
 from tools.figures_sizes import agree, compared, growing
 from toy import TOY, Digits, hand_made, one_thread, random_model  # noqa: F401
-import prune as prune_module
 import train
 from test_train import argv, write_data
 from tools.hard_concrete import HardConcreteConfig
@@ -459,23 +458,6 @@ def test_prunings_that_were_interrupted_go_on(lab, monkeypatch, capsys):
     assert "1 s left" not in capsys.readouterr().out
     assert lab.circuits(wanted) == [first, second] and len(done) == 2
     assert wanted[0].starts == 1 and wanted[0].out_dir.endswith("paper_0.4/sparse0")
-
-
-def test_targets_that_are_pruned_together_leave_what_each_leaves_alone(lab, tmp_path, monkeypatch):
-    targets = (0.0001, AIM, 0.6)
-    wanted = [lab.pruning_of("sparse0", "toy", target, "paper") for target in targets]
-    alone = []
-    for cfg in wanted[1:]:
-        elsewhere = replace(cfg, out_dir=str(tmp_path / f"alone_{cfg.target_loss[0]}"))
-        alone += lab.circuits([elsewhere])
-        alone[-1]["settings"]["out_dir"] = cfg.out_dir
-    learnt = []
-    rank = prune_module.rank
-    monkeypatch.setattr(prune_module, "rank", lambda *args: learnt.append(1) or rank(*args))
-    impossible, *found = lab.circuits(wanted)
-    assert impossible is None and "does not solve toy" in figures_lab.known(wanted[0])
-    assert found == alone and len(learnt) == 1
-    assert lab.circuits(wanted) == [None, *found] and len(learnt) == 1
 
 
 def test_that_a_task_has_no_circuit_is_kept_with_its_reason(lab, monkeypatch, capsys):

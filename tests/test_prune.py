@@ -316,6 +316,25 @@ def test_several_targets_give_circuits_that_meet_each_and_do_not_grow_with_the_t
     assert circuits[0]["n_edges"] > circuits[2]["n_edges"]
 
 
+def test_of_several_targets_each_has_the_circuit_of_a_pruning_for_it_alone(tmp_path, monkeypatch):
+    learn = prune.learn_masks
+    learnt_for = []
+
+    def learn_masks(*args):
+        learnt_for.append(args[4].target_loss)
+        return learn(*args)
+
+    monkeypatch.setattr(prune, "learn_masks", learn_masks)
+    alone = []
+    for target in (0.36, 0.6):
+        alone += toy_circuits(tmp_path, parallel_model(cross=-0.3), target_loss=(target,))[2]
+    _, _, together = toy_circuits(tmp_path, parallel_model(cross=-0.3), target_loss=(0.36, 0.6))
+    assert learnt_for == [(0.36,), (0.6,)] * 2  # masks for the lower leave more gates open
+    for one, other in zip(alone, together, strict=True):
+        assert one.pop("settings") != other.pop("settings")
+        assert one == other
+
+
 def test_attribution_ranks_without_mask_learning_and_gives_another_circuit(tmp_path, monkeypatch):
     options = dict(target_loss=(0.6,))
     _, _, learned = toy_circuit(tmp_path, parallel_model(cross=-0.3), **options)

@@ -25,7 +25,7 @@ from circuit_file import write_circuit
 from data.workers import cores
 from minimise import quiet
 from model import weights_hash
-from prune import (PruneConfig, Unsolved, already_pruned, constants_of, in_processes, path_of,
+from prune import (PruneConfig, already_pruned, constants_of, in_processes, path_of,
                    prune, settings_in_file)
 from tasks import load_model, task_of
 from tokens import read_data
@@ -263,7 +263,7 @@ class Lab:
         """The contents of the circuits' files, those that are missing found first; None where a
         task has no circuit. ValueError where something else fails."""
         missing = [cfg for cfg in wanted if known(cfg) is None]
-        self.each(find_together, by_target(missing))
+        self.each(find_one, missing)
         found = [known(cfg) for cfg in wanted]
         return [circuit if isinstance(circuit, dict) else None for circuit in found]
 
@@ -347,47 +347,21 @@ def asked(cfg: PruneConfig) -> list:
     return json.loads(json.dumps([settings_in_file(cfg), weights_hash(cfg.model)]))
 
 
-def by_target(wanted: Iterable[PruneConfig]) -> list[list[PruneConfig]]:
-    """Prunings that differ in nothing but their target and folder, together; the highest first."""
-    groups = {}
-    for cfg in sorted(wanted, key=lambda cfg: -cfg.target_loss[0]):
-        same = replace(cfg, target_loss=(), out_dir="")
-        groups.setdefault(repr(same), []).append(cfg)
-    return list(groups.values())
-
-
-def find_together(cfgs: list[PruneConfig]) -> tuple[str, None]:
-    """Learn masks once, and leave for each target of `by_target` the circuit that a pruning of its
-    own would have left, or the reason why there is none; a line that says which."""
+def find_one(cfg: PruneConfig) -> tuple[str, None]:
+    """Prune, and leave the circuit or the reason why there is none; a line that says which."""
+    name = f"{os.path.relpath(cfg.out_dir)}/{cfg.task}"
     # data or a tokenizer that do not fit are no property of the model: not to be kept
-    first = cfgs[0]
-    model, tokenizer = load_model(first.model, first.tokenizer, first.device)
-    constants = constants_of(model, first)
-    said = []
-    left = list(cfgs)
-    while left:
-        together = replace(first, target_loss=tuple(cfg.target_loss[0] for cfg in left))
-        try:
-            for circuit in prune(model, task_of(first.task), tokenizer, together, constants, quiet):
-                cfg = left.pop(0)
-                circuit["settings"] = settings_in_file(cfg)
-                write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
-                said.append(f"{circuit['n_edges']} edges at {cfg.target_loss[0]:g}")
-        except Unsolved as e:  # the lowest target is too low; no masks were learnt yet
-            said.append(f"no circuit: {e}")
-            keep_failure(left.pop(), e)
-        except ValueError as e:  # what misses a target misses every lower one
-            said.append(f"no circuit: {e}")
-            for cfg in left:
-                keep_failure(cfg, e)
-            left = []
-    return f"  {os.path.relpath(first.out_dir)}/{first.task}: {', '.join(said)}", None
-
-
-def keep_failure(cfg: PruneConfig, why: ValueError) -> None:
-    path = failure_path(cfg)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_atomic(path, json.dumps({"of": asked(cfg), "why": str(why)}).encode())
+    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
+    constants = constants_of(model, cfg)
+    try:
+        (circuit,) = prune(model, task_of(cfg.task), tokenizer, cfg, constants, quiet)
+    except ValueError as e:
+        path = failure_path(cfg)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_atomic(path, json.dumps({"of": asked(cfg), "why": str(e)}).encode())
+        return f"  {name}: no circuit: {e}", None
+    write_circuit(path_of(cfg, cfg.task, cfg.target_loss[0]), circuit)
+    return f"  {name}: {circuit['n_edges']} edges", None
 
 
 def say_and_time(f: Callable, of: int, began: float, numbered: tuple[int, object]):
