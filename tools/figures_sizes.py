@@ -79,7 +79,7 @@ def draw_sizes(axis, rows: list[dict], key: str, label: str, style: str) -> None
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(targets, [f"{target:g}" for target in targets])
-    axis.minorticks_off()
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("target loss, nats")
     axis.set_ylabel("edges, geometric mean over tasks")
 
