@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import (MAPS, Certificate, Circuit, ablate, between, graph_of, run_to_last,
-                     without_edges)
+from circuit import (MAPS, Certificate, Circuit, ablate, between, count, drop_unconnected,
+                     graph_of, run_to_last, without_edges)
 from search import Search, partner, parts_of
 from tasks import batches_of, calibrated, margin_of
 
@@ -161,7 +161,8 @@ def exchange(search: Search, pool: Circuit, target: float, say, necessity: float
             helpful.append((trial.loss, part))
 
     circuit = before
-    for _, part in sorted(helpful)[:EXCHANGES]:
+    helpful.sort(key=lambda entry: entry[0])
+    for _, part in helpful[:EXCHANGES]:
         larger = with_part(search, circuit, part, pool)
         if larger is None:
             continue
@@ -199,11 +200,18 @@ def with_part(search: Search, circuit: Circuit, part: tuple, pool: Circuit) -> C
         for ends, kept in between(search.model, mask, pool.edges).items():
             edges[ends] = edges[ends] | (kept & ~inside[ends])
     else:
-        ends = tuple(name)
-        edges[ends] = edges[ends].clone()
-        edges[ends][i] = True
-    larger = search.fit(mask, edges)
-    return larger if by_edges(larger) > by_edges(circuit) else None
+        a, b = name
+        wires = graph_of(search.model).wires[a, b]
+        if not (mask[a][wires.source[i]] and mask[b][wires.to[i]]):
+            return None
+        edges[a, b] = edges[a, b].clone()
+        edges[a, b][i] = True
+    # most have no path: that is seen without running anything
+    connected = drop_unconnected(search.model, mask, search.answers, edges)
+    n_edges = count(between(search.model, connected, edges))
+    if (n_edges, count(connected)) <= by_edges(circuit):
+        return None
+    return search.fit(mask, edges)
 
 
 def by_edges(circuit: Circuit) -> tuple[int, int]:
