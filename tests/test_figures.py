@@ -22,7 +22,7 @@ from measures import correlation
 from model import GPT, GPTConfig
 from plan import tensors
 from prune import geometric_mean, prune
-from tasks import Task, loss_of, margins
+from tasks import Task, calibrate, calibrated, loss_of, margins
 from tools import figures, figures_inside, figures_lab, figures_sizes, figures_trust
 from tools.figures_inside import binarise, binary, first_levels, kurtosis, levels_at_first, two_level
 from tools.figures_lab import CLOSE, TRIES, Found, Lab, Run, common_tasks, next_steps
@@ -557,6 +557,40 @@ def test_a_binarised_circuit_has_two_values_at_each_node(lab):
     found = binarise(case, 20)
     assert found["before"] == pytest.approx(read_circuit(os.path.join(cfg.out_dir, "toy", "circuit.json"))["loss_heldout"], abs=1e-4)
     assert binarise(case, 20) == found  # drawn from a seed
+
+
+def test_the_nodes_that_are_no_steps_are_those_whose_steps_pass_the_target(lab, monkeypatch):
+    cfg = lab.pruning_of("sparse0", "toy", AIM, "minimal")
+    lab.circuits([cfg])
+    case = figures_inside.case_in(lab, os.path.join(cfg.out_dir, "toy", "circuit.json"))
+    levels = levels_at_first(case)
+    names = [f"{site}.{i}" for site, m in case.circuit.mask.items() for i in m.nonzero().flatten().tolist()]
+
+    def stepped(steps, pairs):
+        """Margins with the named nodes at the nearer of their levels."""
+        def node(site, x):
+            x = case.nodes(site, x).clone()
+            for place, i in enumerate(case.circuit.mask[site].nonzero().flatten().tolist() if site in levels else []):
+                left, right = levels[site][0][place], levels[site][1][place]
+                if f"{site}.{i}" in steps:
+                    x[..., i] = torch.where((x[..., i] - left).abs() < (x[..., i] - right).abs(), left, right)
+            return x
+        return margins(case.reduced, pairs, node)
+
+    def loss(steps, pairs):
+        return loss_of(calibrated(stepped(steps, pairs), *calibrate(stepped(steps, case.fit))))
+
+    alone = {name: loss([name], case.fit) for name in names}
+    bound = (min(alone.values()) + max(alone.values())) / 2  # some pass it alone
+    assert max(alone.values()) > min(alone.values()) + 0.01
+    monkeypatch.setattr(figures_inside, "AIM", bound)
+    found = figures_inside.graded(case, levels)
+    steps = [name for name in names if name not in found["graded"]]
+    assert {name for name in names if alone[name] > bound} <= set(found["graded"]) < set(names)
+    assert loss(steps, case.fit) <= bound + 1e-4
+    assert found["but_graded"] == pytest.approx(loss(steps, case.heldout), abs=1e-4)
+    cheapest = min(alone, key=alone.get)
+    assert cheapest in steps
 
 
 # --- Fig. 8 on a model of which it is known where it fails --------------------------------------
