@@ -8,7 +8,7 @@
 """
 import math
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import partial
 
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuit import (MAPS, Certificate, Circuit, ablate, between, count, drop_unconnected,
-                     graph_of, run_to_last, without_edges)
+from circuit import (MAPS, Certificate, Circuit, Edges, Nodes, ablate, between, count,
+                     drop_unconnected, graph_of, run_to_last, without_edges)
+from model import GPT
 from search import Search, partner, parts_of
 from tasks import batches_of, calibrated, margin_of
 
@@ -33,7 +34,9 @@ AT_ONCE = 8
 MANY_PARTS = 300
 WORTHWHILE = 0.9  # another round by gradient, as long as it leaves out a tenth
 FINE = 64         # how near to the most that can go together a bisection comes, as a share
+LARGEST_POOL = 3000  # parts: each of them is tried within half a minute
 EXCHANGES = 16    # parts that are let back in for a time, those first that help the most
+EXCHANGE_FITS = 5000  # then it ends: about a minute in a small sparse model
 STUBBORN = 64     # so many in a row that cannot go: what stands behind them matters more still
 AT_A_TIME = 32    # pairs in a pass with gradients
 
@@ -49,7 +52,8 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     may meet the target. The circuit must meet both to begin with, or every removal would be refused
     and the certificate would say nothing.
     """
-    pool = circuit
+    before = circuit.size
+    pool = circuit  # what `exchange` may let back in
     # Where there are many parts, to price each by a trial would take minutes for every round. The
     # gradient prices all at once; what it is wrong about, the passes below mend.
     for leave_out_many, how in ((leave_out_by_gradient, "by gradient"),
@@ -60,6 +64,8 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
                 f"{smaller.size[0]} nodes, {smaller.size[1]} edges")
             worthwhile = total(smaller) <= WORTHWHILE * total(circuit)
             circuit = smaller
+            if total(pool) > LARGEST_POOL:
+                pool = circuit
             if not worthwhile:
                 break
 
@@ -74,11 +80,12 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     # Second pass. Prices from all pairs, until a round leaves nothing out: then every part was
     # tried, and each alone is needed. That round is the certificate.
     leave_out_all(search, target, say, necessity)
-    while exchange(search, pool, target, say, necessity):
+    last = search.n_fits + EXCHANGE_FITS
+    while exchange(search, rough, pool, target, say, necessity, last):
         leave_out_all(search, target, say, necessity)
     tried = len(parts_of(search.accepted, search.tie_qk))
     varied = search.varied is not None
-    certificate = Certificate(tried, search.n_pairs, target, necessity, pool.size, varied)
+    certificate = Certificate(tried, search.n_pairs, target, necessity, before, varied)
     return replace(search.accepted, certificate=certificate)
 
 
@@ -150,25 +157,31 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
 
 # --- letting one part back in ----------------------------------------------------------------
 
-def exchange(search: Search, pool: Circuit, target: float, say, necessity: float) -> bool:
+def exchange(search: Search, pricer: Search, pool: Circuit, target: float, say, necessity: float,
+             last: int) -> bool:
     """Let parts of `pool` back into the accepted circuit, one at a time, those first that help the
-    most, and leave out what can then go. What is smaller is accepted. Returns whether any was."""
+    most by what `pricer` says, and leave out what can then go. What is smaller is accepted. Returns
+    whether any was. Ends where `search` has done its `last` fit."""
     before = search.accepted
+    pricer.fit(before.mask, before.edges)
+    limit = pricer.accept().loss
     helpful = []  # (loss with it, part)
     for part in parts_of(pool, search.tie_qk):
-        trial = with_part(search, before, part, pool)
-        if trial is not None and trial.loss < before.loss:
+        larger = with_part(search.model, before, part, pool, search.answers, search.tie_qk)
+        trial = None if larger is None else pricer.fit(*larger, limit)
+        if trial is not None and trial.loss < limit:
             helpful.append((trial.loss, part))
+    helpful.sort(key=lambda entry: entry[0])
 
     circuit = before
-    helpful.sort(key=lambda entry: entry[0])
     for _, part in helpful[:EXCHANGES]:
-        larger = with_part(search, circuit, part, pool)
-        if larger is None:
+        larger = with_part(search.model, circuit, part, pool, search.answers, search.tie_qk)
+        if larger is None or search.n_fits >= last:
             continue
+        added = search.fit(*larger)
         search.accept()
-        added = set(parts_of(larger, search.tie_qk)) - set(parts_of(circuit, search.tie_qk))
-        leave_out_all(search, target, quiet, necessity, added)
+        stay = set(parts_of(added, search.tie_qk)) - set(parts_of(circuit, search.tie_qk))
+        leave_out_all(search, target, quiet, necessity, stay)
         if by_edges(search.accepted) < by_edges(circuit):
             circuit = search.accepted
         else:
@@ -180,38 +193,38 @@ def exchange(search: Search, pool: Circuit, target: float, say, necessity: float
     return circuit is not before
 
 
-def with_part(search: Search, circuit: Circuit, part: tuple, pool: Circuit) -> Circuit | None:
-    """A circuit with one part more: a node of `pool` with all edges that this has between it and
-    the circuit's nodes, or an edge between two of them. None where it is there, or has no path."""
-    if part in parts_of(circuit, search.tie_qk):
+def with_part(model: GPT, circuit: Circuit, part: tuple, pool: Circuit, answers: Sequence[int],
+              tie_qk: bool = False) -> tuple[Nodes, Edges] | None:
+    """Nodes and edges of a circuit with one part more: a node of `pool` with all edges that this
+    has between it and the circuit's nodes, or an edge between two of them. None where the part is
+    there, or has no path."""
+    if part in parts_of(circuit, tie_qk):
         return None
     *name, i = part
     mask = dict(circuit.mask)
     edges = dict(circuit.edges)
     if len(name) == 1:
         sites = [name[0]]
-        if search.tie_qk and name[0].endswith("attn.q"):
+        if tie_qk and name[0].endswith("attn.q"):
             sites.append(partner(name[0]))
         for site in sites:
             mask[site] = mask[site].clone()
             mask[site][i] |= pool.mask[site][i]
         # less those that had gone from between the nodes that are there
-        inside = between(search.model, circuit.mask)
-        for ends, kept in between(search.model, mask, pool.edges).items():
+        inside = between(model, circuit.mask)
+        for ends, kept in between(model, mask, pool.edges).items():
             edges[ends] = edges[ends] | (kept & ~inside[ends])
     else:
         a, b = name
-        wires = graph_of(search.model).wires[a, b]
+        wires = graph_of(model).wires[a, b]
         if not (mask[a][wires.source[i]] and mask[b][wires.to[i]]):
             return None
         edges[a, b] = edges[a, b].clone()
         edges[a, b][i] = True
-    # most have no path: that is seen without running anything
-    connected = drop_unconnected(search.model, mask, search.answers, edges)
-    n_edges = count(between(search.model, connected, edges))
-    if (n_edges, count(connected)) <= by_edges(circuit):
-        return None
-    return search.fit(mask, edges)
+
+    mask = drop_unconnected(model, mask, answers, edges)
+    edges = between(model, mask, edges)
+    return (mask, edges) if (count(edges), count(mask)) > by_edges(circuit) else None
 
 
 def by_edges(circuit: Circuit) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class Search:
 
         with torch.no_grad():
             self.live = Live(model, constants, pairs) if serves(model) else None
+        self.n_fits = 0
         # the accepted circuit, prepared, and what each sublayer writes for each batch
         self.accepted: Circuit | None = None
         self.ready = None
@@ -63,6 +64,7 @@ class Search:
     def fit(self, mask: Nodes, edges: Edges, target: float = math.inf) -> Circuit:
         """Drop the nodes without a path and calibrate (paper A.5). The circuit's loss, in nats, is
         inf where it is above `target` or not a number."""
+        self.n_fits += 1
         mask = drop_unconnected(self.model, mask, self.answers, edges)
         circuit = Circuit(mask, between(self.model, mask, edges), 1.0, 0.0, math.inf)
         run, ready = self._runner(circuit)

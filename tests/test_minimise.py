@@ -225,16 +225,22 @@ def test_a_part_comes_back_where_others_can_then_go(tmp_path):
     search.accept()
     target = stuck.loss + 1e-4
     assert all(search.fit_without(stuck, [part]).loss > target for part in parts_of(stuck)) and stuck.size == (5, 4)
-    assert exchange(search, pool, target, lambda text: None, 0.0)
+    pricer = Search(model, constants, pairs.first(6))
+
+    def exchanged(necessity, fits=1000):
+        return exchange(search, pricer, pool, target, lambda text: None, necessity, search.n_fits + fits)
+
+    assert not exchanged(0.0, fits=0) and search.accepted is stuck
+    assert exchanged(0.0)
     got = search.accepted
     assert kept_of(got.mask) == {"0.attn.act_in": [0, 1], "0.attn.v": [2], "0.attn.resid_delta": [5]}
     assert got.size == (4, 3) and loss_without(model, got, None, constants, pairs) < target
-    assert not exchange(search, pool, target, lambda text: None, 0.0)  # nothing better: it stays as it is
+    assert not exchanged(0.0)  # nothing better: it stays as it is
     same_parts(search.accepted, got.mask, got.edges)
     # what the model must miss binds here as well: all it has goes through both reads
     search.fit(stuck.mask, stuck.edges)
     search.accept()
-    assert not exchange(search, pool, target, lambda text: None, 99.0)
+    assert not exchanged(99.0)
     same_parts(search.accepted, stuck.mask, stuck.edges)
 
 
@@ -247,7 +253,7 @@ def test_a_circuit_with_one_part_more_is_it_and_that_part_alone(tmp_path, tie_qk
     circuit = search.fit(*changed(pool.mask, pool.edges, 0))
     larger = 0
     for part in parts_of(pool, tie_qk):
-        got = with_part(search, circuit, part, pool)
+        got = with_part(model, circuit, part, pool, search.answers, tie_qk)
         if part in parts_of(circuit, tie_qk):
             assert got is None
             continue
@@ -270,6 +276,6 @@ def test_a_circuit_with_one_part_more_is_it_and_that_part_alone(tmp_path, tie_qk
             # no path, or a node without an edge, such as a value that is read and not written
             assert (count(edges), count(own)) <= (circuit.size[1], circuit.size[0])
         else:
-            same_parts(got, own, edges)
+            same_parts(Circuit(*got, 1.0, 0.0, 0.0), own, edges)
             larger += 1
     assert larger > 3
