@@ -34,11 +34,13 @@ AT_ONCE = 8
 MANY_PARTS = 300
 WORTHWHILE = 0.9  # another round by gradient, as long as it leaves out a tenth
 FINE = 64         # how near to the most that can go together a bisection comes, as a share
-LARGEST_POOL = 3000  # parts: each of them is tried within half a minute
-EXCHANGES = 16    # parts that are let back in for a time, those first that help the most
-EXCHANGE_FITS = 5000  # then it ends: about a minute in a small sparse model
 STUBBORN = 64     # so many in a row that cannot go: what stands behind them matters more still
 AT_A_TIME = 32    # pairs in a pass with gradients
+EXCHANGES = 16    # parts that are let back in for a time, those first that help the most
+# What bounds the time of exchanges: parts that may come back, and circuits that are fitted. In a
+# small sparse model either takes less than a minute.
+LARGEST_POOL = 3000
+EXCHANGE_FITS = 5000
 
 
 # --- leaving out what is not needed ----------------------------------------------------------
