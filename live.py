@@ -1,7 +1,7 @@
 """A circuit run on its live channels alone: the losses that circuit.py gives, many times sooner.
 
 Live is what is in the circuit. All else is constant, and what is constant need not be computed for
-each token of each prompt: of 2,048 channels a few dozen are left. minimise.py so tries hundreds of
+each token of each prompt: of 2,048 channels a few dozen are left. search.py so fits hundreds of
 circuits of one model. Nothing here is needed for a correct result, nor does it change one but for
 rounding; a model that `serves` does not take is run as circuit.py does it.
 

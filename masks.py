@@ -119,7 +119,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
     [-1, 1].
 
     k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
-    while the running mean of the loss is below 2/3 of the (lowest) target, and shrinks while above.
+    while the running mean of the loss is below 2/3 of the target, and shrinks while above.
     Where a step closes a gate that the circuit cannot do without, it is taken back (`mend_`).
     varied: the steps take its ablations and the mean in turn, and k follows the worst of them.
     """
@@ -129,7 +129,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
     optimizer = torch.optim.AdamW([tau], betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
 
     answers = answer_ids(pairs)
-    target = min(cfg.target_loss)
+    (target,) = cfg.target_loss
     k = cfg.k_coef
     means = {}  # ablation -> the running mean of its loss
     best = None  # the fewest gates that met the target: where learning ends with a broken circuit

@@ -2,13 +2,13 @@
 
 - `minimise`: leaves out nodes and edges, the cheapest first; its last round tries every one of them
   in vain, and is the certificate. The authors removed leftovers by hand (paper A.5).
-- `exchange`: where leaving out gets stuck, one part comes back and others go in its place.
+- `exchange_parts`: where leaving out gets stuck, one part comes back and others go in its place.
 - `first_order`: what each part is worth, all at once, where there are too many to try each.
 - The result carries a `Certificate`, which says in words what was tried.
 """
 import math
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from circuit import (MAPS, Certificate, Circuit, Edges, Nodes, ablate, between, count,
                      drop_unconnected, graph_of, run_to_last, without_edges)
-from model import GPT
 from search import Search, partner, parts_of
 from tasks import batches_of, calibrated, margin_of
 
@@ -80,10 +79,11 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     leave_out(search, rough, target, say, necessity)
 
     # Second pass. Prices from all pairs, until a round leaves nothing out: then every part was
-    # tried, and each alone is needed. That round is the certificate.
+    # tried, and each alone is needed. That round is the certificate, also where exchanges came
+    # before it: after each that was accepted everything is tried again.
     leave_out_all(search, target, say, necessity)
     last = search.n_fits + EXCHANGE_FITS
-    while exchange(search, rough, pool, target, say, necessity, last):
+    while exchange_parts(search, rough, pool, target, say, necessity, last):
         leave_out_all(search, target, say, necessity)
     tried = len(parts_of(search.accepted, search.tie_qk))
     varied = search.varied is not None
@@ -157,19 +157,25 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
             queue.append((price, *few[0][1:]))
 
 
+def quiet(text: str) -> None:
+    """In place of the lines that pruning prints."""
+
+
 # --- letting one part back in ----------------------------------------------------------------
 
-def exchange(search: Search, pricer: Search, pool: Circuit, target: float, say, necessity: float,
-             last: int) -> bool:
+def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float, say,
+                   necessity: float, last: int) -> bool:
     """Let parts of `pool` back into the accepted circuit, one at a time, those first that help the
     most by what `pricer` says, and leave out what can then go. What is smaller is accepted. Returns
-    whether any was. Ends where `search` has done its `last` fit."""
+    whether any was. No part comes back once `search` has done its `last` fit."""
+    if search.n_fits >= last:
+        return False
     before = search.accepted
     pricer.fit(before.mask, before.edges)
     limit = pricer.accept().loss
     helpful = []  # (loss with it, part)
     for part in parts_of(pool, search.tie_qk):
-        larger = with_part(search.model, before, part, pool, search.answers, search.tie_qk)
+        larger = with_part(search, before, part, pool)
         trial = None if larger is None else pricer.fit(*larger, limit)
         if trial is not None and trial.loss < limit:
             helpful.append((trial.loss, part))
@@ -177,15 +183,19 @@ def exchange(search: Search, pricer: Search, pool: Circuit, target: float, say, 
 
     circuit = before
     for _, part in helpful[:EXCHANGES]:
-        larger = with_part(search.model, circuit, part, pool, search.answers, search.tie_qk)
-        if larger is None or search.n_fits >= last:
+        if search.n_fits >= last:
+            break
+        larger = with_part(search, circuit, part, pool)
+        if larger is None:  # an earlier one has brought it along
             continue
         added = search.fit(*larger)
         search.accept()
         stay = set(parts_of(added, search.tie_qk)) - set(parts_of(circuit, search.tie_qk))
         leave_out_all(search, target, quiet, necessity, stay)
-        if by_edges(search.accepted) < by_edges(circuit):
-            circuit = search.accepted
+        found = search.accepted
+        # The part that came back can make a circuit less necessary, and edges that went do not say.
+        if by_edges(found) < by_edges(circuit) and search.meets(found, target, necessity):
+            circuit = found
         else:
             search.fit(circuit.mask, circuit.edges)
             search.accept()
@@ -195,19 +205,18 @@ def exchange(search: Search, pricer: Search, pool: Circuit, target: float, say, 
     return circuit is not before
 
 
-def with_part(model: GPT, circuit: Circuit, part: tuple, pool: Circuit, answers: Sequence[int],
-              tie_qk: bool = False) -> tuple[Nodes, Edges] | None:
+def with_part(search: Search, circuit: Circuit, part: tuple,
+              pool: Circuit) -> tuple[Nodes, Edges] | None:
     """Nodes and edges of a circuit with one part more: a node of `pool` with all edges that this
     has between it and the circuit's nodes, or an edge between two of them. None where the part is
     there, or has no path."""
-    if part in parts_of(circuit, tie_qk):
-        return None
+    model = search.model
     *name, i = part
     mask = dict(circuit.mask)
     edges = dict(circuit.edges)
     if len(name) == 1:
         sites = [name[0]]
-        if tie_qk and name[0].endswith("attn.q"):
+        if search.tie_qk and name[0].endswith("attn.q"):
             sites.append(partner(name[0]))
         for site in sites:
             mask[site] = mask[site].clone()
@@ -224,7 +233,7 @@ def with_part(model: GPT, circuit: Circuit, part: tuple, pool: Circuit, answers:
         edges[a, b] = edges[a, b].clone()
         edges[a, b][i] = True
 
-    mask = drop_unconnected(model, mask, answers, edges)
+    mask = drop_unconnected(model, mask, search.answers, edges)
     edges = between(model, mask, edges)
     return (mask, edges) if (count(edges), count(mask)) > by_edges(circuit) else None
 
@@ -233,10 +242,6 @@ def by_edges(circuit: Circuit) -> tuple[int, int]:
     """What the smaller of two circuits has less of: edges, or nodes where these are as many."""
     n_nodes, n_edges = circuit.size
     return n_edges, n_nodes
-
-
-def quiet(text: str) -> None:
-    """In place of the lines that pruning prints."""
 
 
 # --- many parts at once ----------------------------------------------------------------------

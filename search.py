@@ -54,7 +54,7 @@ class Search:
 
         with torch.no_grad():
             self.live = Live(model, constants, pairs) if serves(model) else None
-        self.n_fits = 0
+        self.n_fits = 0  # for those who have only so many
         # the accepted circuit, prepared, and what each sublayer writes for each batch
         self.accepted: Circuit | None = None
         self.ready = None

@@ -1,4 +1,4 @@
-"""circuit.py: gates, cut edges, calibration, the graph of paths, and a circuit read back from its file."""
+"""circuit.py: gates, cut edges, calibration, the graph of paths; circuit_file.py: read back from its file."""
 import copy
 import json
 import math

@@ -585,8 +585,9 @@ def test_the_nodes_that_are_no_steps_are_those_whose_steps_pass_the_target(lab, 
     assert max(alone.values()) > min(alone.values()) + 0.01
     monkeypatch.setattr(figures_inside, "AIM", bound)
     found = figures_inside.graded(case, levels)
-    steps = [name for name in names if name not in found["graded"]]
-    assert {name for name in names if alone[name] > bound} <= set(found["graded"]) < set(names)
+    none = {f"{site}.{channel}" for site, channel in found["graded"]}
+    steps = [name for name in names if name not in none]
+    assert {name for name in names if alone[name] > bound} <= none < set(names)
     assert loss(steps, case.fit) <= bound + 1e-4
     assert found["but_graded"] == pytest.approx(loss(steps, case.heldout), abs=1e-4)
     cheapest = min(alone, key=alone.get)

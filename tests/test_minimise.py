@@ -1,4 +1,4 @@
-"""minimise.py: what Search saves changes no result, and what minimise leaves can lose nothing more."""
+"""search.py and minimise.py: what Search saves changes no result, and what minimise leaves can lose nothing more."""
 import itertools
 import math
 
@@ -7,7 +7,8 @@ import torch
 
 from circuit import Circuit, ablate, all_edges, between, count, drop_unconnected, graph_of, without_edges
 from masks import Gates
-from minimise import exchange, minimise, with_part
+import minimise as minimise_module
+from minimise import exchange_parts, minimise, with_part
 from prune import Ranking, discretise
 from search import Search, parts_of, without
 from tasks import calibrate, calibrated, loss_of, margins
@@ -216,7 +217,7 @@ def mixed_model():
     return model
 
 
-def test_a_part_comes_back_where_others_can_then_go(tmp_path):
+def test_a_part_comes_back_where_others_can_then_go(tmp_path, monkeypatch):
     (model, _, constants), pairs = toy_setup(tmp_path, mixed_model()), toy_pairs(24)
     search = Search(model, constants, pairs)
     reads = {"0.attn.act_in": [0, 1], "0.attn.resid_delta": [5]}
@@ -228,7 +229,7 @@ def test_a_part_comes_back_where_others_can_then_go(tmp_path):
     pricer = Search(model, constants, pairs.first(6))
 
     def exchanged(necessity, fits=1000):
-        return exchange(search, pricer, pool, target, lambda text: None, necessity, search.n_fits + fits)
+        return exchange_parts(search, pricer, pool, target, lambda text: None, necessity, search.n_fits + fits)
 
     assert not exchanged(0.0, fits=0) and search.accepted is stuck
     assert exchanged(0.0)
@@ -237,10 +238,19 @@ def test_a_part_comes_back_where_others_can_then_go(tmp_path):
     assert got.size == (4, 3) and loss_without(model, got, None, constants, pairs) < target
     assert not exchanged(0.0)  # nothing better: it stays as it is
     same_parts(search.accepted, got.mask, got.edges)
-    # what the model must miss binds here as well: all it has goes through both reads
+    # what the model must miss binds here as well
     search.fit(stuck.mask, stuck.edges)
     search.accept()
-    assert not exchanged(99.0)
+    monkeypatch.setattr(search, "loss_without", lambda mask: 0.1 if mask["0.attn.v"][2] else 0.9)
+    assert not exchanged(0.5)
+    same_parts(search.accepted, stuck.mask, stuck.edges)
+
+    def only_edges_go(*_):  # of which leave_out need not ask what the model misses
+        search.fit(got.mask, got.edges)
+        search.accept()
+
+    monkeypatch.setattr(minimise_module, "leave_out_all", only_edges_go)
+    assert not exchanged(0.5)
     same_parts(search.accepted, stuck.mask, stuck.edges)
 
 
@@ -253,10 +263,7 @@ def test_a_circuit_with_one_part_more_is_it_and_that_part_alone(tmp_path, tie_qk
     circuit = search.fit(*changed(pool.mask, pool.edges, 0))
     larger = 0
     for part in parts_of(pool, tie_qk):
-        got = with_part(model, circuit, part, pool, search.answers, tie_qk)
-        if part in parts_of(circuit, tie_qk):
-            assert got is None
-            continue
+        got = with_part(search, circuit, part, pool)
         own = {site: m.clone() for site, m in circuit.mask.items()}
         edges = {ends: e.clone() for ends, e in circuit.edges.items()}
         if len(part) == 3:

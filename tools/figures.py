@@ -34,7 +34,7 @@ from tools.figures_sizes import (ablations, appendix_d, draw_beside_recipe, draw
                                  draw_fig31, draw_fig32, fig2, fig3, fig31, fig32)
 from tools.figures_trust import BRIDGES, critique, draw_critique, draw_fig9, fig9
 
-FORMAT = 1    # of NAME.json: to be changed with how figures are measured
+FORMAT = 2    # of NAME.json: to be changed with how figures are measured
 # Tasks that models of this size solve to 0.02 nats or less (docs/results.md).
 TASKS = ("single_double_quote", "while_return_true", "if_equals", "enumerate_range")
 TRIES = 3.5   # dense runs until one has the loss of a sparse one, expected

@@ -348,9 +348,9 @@ def levels_at_first(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def graded(case: Case, levels: dict[str, tuple[Tensor, Tensor]]) -> dict:
-    """Which nodes cannot be steps. One after another is put on its two levels, and stays there as
+    """Which nodes are no steps beside the others. One after another is put on its two levels, and stays there as
     long as the loss on the pairs that the circuit was found on is at most AIM: those first that
-    cost the least alone. The names of the others, and the held-out loss with the steps."""
+    cost the least alone. The others, and the held-out loss with the steps."""
     nodes = [part for part in parts_of(case.circuit) if len(part) == 2]
 
     def run(steps: list[tuple[str, int]], pairs: Pairs) -> Tensor:
@@ -367,8 +367,7 @@ def graded(case: Case, levels: dict[str, tuple[Tensor, Tensor]]) -> dict:
     for node in sorted(nodes, key=lambda node: loss([node])):
         if loss([*steps, node]) <= AIM:
             steps.append(node)
-    return {"graded": [f"{site}.{channel}" for site, channel in nodes
-                       if (site, channel) not in steps],
+    return {"graded": [node for node in nodes if node not in steps],
             "but_graded": case.refit(partial(run, steps))}
 
 
@@ -424,8 +423,9 @@ def binarised(lab: Lab) -> Found:
     text = ", ".join(f"{name} {said([row[key] for row in rows], '.3f')}" for key, name in
                      (("before", "before"), ("at_once", "levels as found"), ("after", "after")))
     n_graded = sum(len(row["graded"]) for row in rows)
-    places = Counter(name.split(".", 1)[1].rsplit(".", 1)[0] for row in rows
-                     for name in row["graded"])
+    places = Counter()  # without their layer
+    for row in rows:
+        places.update(site.partition(".")[2] for site, _ in row["graded"])
     most = ", ".join(f"{place} {n}" for place, n in places.most_common(3))
     measured = (f"nats on held-out pairs: {text}; {held} of {len(rows)} still meet {AIM}. With all "
                 f"but {n_graded} of {sum(row['nodes'] for row in rows)} nodes as steps: "
