@@ -454,7 +454,9 @@ def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
     threads = max(1, cores() // jobs)
     try:
         with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
-            return list(pool.map(partial(result_or_reason, f), items))
+            # not pool.map: what it cancels when a signal ends this process, the pool may fail on
+            begun = [pool.submit(result_or_reason, f, item) for item in items]
+            return [future.result() for future in begun]
     except BrokenProcessPool:
         die("a process was killed, perhaps for want of memory; what was finished is kept: "
             "run it again with fewer --jobs")

@@ -67,7 +67,7 @@ def work(item):
     time.sleep(60)
 
 def main(argv):
-    in_processes(work, range(4), 2)
+    in_processes(work, range(20), 2)
     return 0
 
 if __name__ == "__main__":
@@ -88,15 +88,20 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_no_worker_outlives_its_script(tmp_path, number):
+@pytest.mark.parametrize("number, to_all", [  # to all: as a terminal's Ctrl-C and a cluster's scheduler do
+    (signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True),
+    (signal.SIGHUP, False), (signal.SIGKILL, False)])
+def test_no_worker_outlives_its_script(tmp_path, number, to_all):
     (tmp_path / "workers.py").write_text(WORKERS.replace("ROOT", repr(str(ROOT))))
     process = subprocess.Popen([sys.executable, str(tmp_path / "workers.py")], env=ENV, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     assert [process.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
     workers = children_of(process.pid)
     assert len(workers) >= 2
-    process.send_signal(number)
+    if to_all:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     process.wait(timeout=20)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     deadline = time.time() + 10
