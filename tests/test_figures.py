@@ -181,8 +181,9 @@ def test_what_the_figures_say_of_the_tiny_models(shared, monkeypatch):
     lab, _ = shared
     rows = {name: made(shared, monkeypatch, name) for name in NAMES}
     # all are the same circuit of two edges, so no model has more of them than another
-    assert [row["first"] for row in rows["fig2"]["data"]["rows"] if row["kind"] == "minimal"] == pytest.approx([2.0, 2.0])
-    assert "minimal circuits: 1.0 times" in rows["fig2"]["measured"]
+    assert [row["edges"] for row in rows["fig2"]["data"]["minimal"]] == pytest.approx([2.0, 2.0])
+    assert [row["ratio"] for row in rows["fig2"]["data"]["rows"]] == pytest.approx([1.0] * 2 * len(figures_sizes.TARGETS))
+    assert "0.4 nats 1 times fewer" in rows["fig2"]["measured"] and rows["fig2"]["measured"].endswith("ones have 2.0")
     assert [p["edges"] for p in rows["fig3"]["data"]["points"]] == pytest.approx([2.0] * 4)
     assert [p["loss"] for p in rows["fig3"]["data"]["points"]] == pytest.approx([4.0, 4.2, 4.1, 4.3])
     assert rows["ablations"]["data"]["rows"][-1]["loss"] == pytest.approx(4.4)

@@ -127,11 +127,11 @@ FIGURES = {
     "fig10": Figure("Fig. 10", "kurtosis of the final residual stream rises with sparsity and with "
                     "size", fig10, draw_fig10, tuple(GRID.values()), 1),
     "fig2": Figure("Fig. 2", "at the same validation loss, sparse circuits have 16 times fewer "
-                   "edges than dense ones", fig2, draw_fig2, SPARSE, 40, matched=3),
+                   "edges than dense ones", fig2, draw_fig2, SPARSE, 20, matched=3),
     "tokens": Figure("3.2", "token losses of a dense and a sparse model correlate 0.93, of two "
                      "dense seeds 0.94", tokens, draw_tokens, SPARSE, 1, matched=3),
     "fig31": Figure("Fig. 31", "learned masks find smaller circuits than attribution, by a wide "
-                    "margin at every loss", fig31, draw_fig31, SPARSE, 5),
+                    "margin at every loss", fig31, draw_fig31, SPARSE, 10),
     "fig32": Figure("Fig. 32", "circuits are sufficient, and necessary", fig32, draw_fig32,
                     SPARSE, 3),
     "binarised": Figure("Appendix C", "nodes can be replaced by steps of two levels", binarised,
