@@ -348,9 +348,9 @@ def levels_at_first(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def graded(case: Case, levels: dict[str, tuple[Tensor, Tensor]]) -> dict:
-    """Which nodes are no steps beside the others. One after another is put on its two levels, and stays there as
-    long as the loss on the pairs that the circuit was found on is at most AIM: those first that
-    cost the least alone. The others, and the held-out loss with the steps."""
+    """Which nodes are no steps beside the others. One after another is put on its two levels, and
+    stays there as long as the loss on the pairs that the circuit was found on is at most AIM: those
+    first that cost the least alone. The others, and the held-out loss with the steps."""
     nodes = [part for part in parts_of(case.circuit) if len(part) == 2]
 
     def run(steps: list[tuple[str, int]], pairs: Pairs) -> Tensor:
