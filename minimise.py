@@ -74,8 +74,7 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     # decided on all pairs nonetheless.
     rough = Search(search.model, search.constants, search.quarter, search.tie_qk)
     for s in (search, rough):
-        s.fit(circuit.mask, circuit.edges)
-        s.accept()
+        s.start_from(circuit.mask, circuit.edges)
     leave_out(search, rough, target, say, necessity)
 
     # Second pass. Prices from all pairs, until a round leaves nothing out: then every part was
@@ -171,8 +170,7 @@ def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float,
     if search.n_fits >= last:
         return False
     before = search.accepted
-    pricer.fit(before.mask, before.edges)
-    limit = pricer.accept().loss
+    limit = pricer.start_from(before.mask, before.edges).loss
     helpful = []  # (loss with it, part)
     for part in parts_of(pool, search.tie_qk):
         larger = with_part(search, before, part, pool)
@@ -188,8 +186,7 @@ def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float,
         larger = with_part(search, circuit, part, pool)
         if larger is None:  # an earlier one has brought it along
             continue
-        added = search.fit(*larger)
-        search.accept()
+        added = search.start_from(*larger)
         stay = set(parts_of(added, search.tie_qk)) - set(parts_of(circuit, search.tie_qk))
         leave_out_all(search, target, quiet, necessity, stay)
         found = search.accepted
@@ -197,8 +194,7 @@ def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float,
         if by_edges(found) < by_edges(circuit) and search.meets(found, target, necessity):
             circuit = found
         else:
-            search.fit(circuit.mask, circuit.edges)
-            search.accept()
+            search.start_from(circuit.mask, circuit.edges)
     if circuit is not before:
         say(f"  {before.size[0]} nodes, {before.size[1]} edges: exchanged to {circuit.size[0]} "
             f"nodes, {circuit.size[1]} edges")
@@ -313,8 +309,7 @@ def leave_out_past_needed(search: Search, circuit: Circuit, target: float,
     bisection ends at the first part that cannot go, and leaves all that stand behind it; here it is
     kept and passed over. Half of what the loss may still rise is left to the rounds that follow,
     whose prices are better."""
-    search.fit(circuit.mask, circuit.edges)
-    search.accept()  # what the trials start from
+    search.start_from(circuit.mask, circuit.edges)
     limit = (circuit.loss + target) / 2
     order = least_first(first_order(search, circuit))
     n = max(1, len(order) // AT_ONCE)

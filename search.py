@@ -115,6 +115,11 @@ class Search:
         self.accepted, self.ready, self.writes = self.trial
         return self.accepted
 
+    def start_from(self, mask: Nodes, edges: Edges) -> Circuit:
+        """Fit a circuit and accept it, whatever its loss: the next ones start from it."""
+        self.fit(mask, edges)
+        return self.accept()
+
     def fit_without(self, circuit: Circuit, parts: Iterable[tuple],
                     target: float = math.inf) -> Circuit:
         """`fit` of a circuit less some of its `parts_of`."""

@@ -21,12 +21,12 @@ from circuit_file import read_circuit
 from data.tinypython.filler import NOUNS, function, number, variable
 from measures import Case, correlation
 from model import GPT, NodeFn, record
-from search import parts_of
 from tasks import (Pairs, Task, calibrate, calibrated, last_logits, load_pairs, loss_of, margin_of,
                    margins)
 from tokens import random_windows
 from tools.figures_lab import Found, Lab, said
 from tools.figures_sizes import AIM, agree, families
+from tools.refute import nodes_of
 from validate import ValidateConfig, case_of
 
 VAL_TOKENS = 32768  # of the validation data
@@ -351,7 +351,7 @@ def graded(case: Case, levels: dict[str, tuple[Tensor, Tensor]]) -> dict:
     """Which nodes are no steps beside the others. One after another is put on its two levels, and
     stays there as long as the loss on the pairs that the circuit was found on is at most AIM: those
     first that cost the least alone. The others, and the held-out loss with the steps."""
-    nodes = [part for part in parts_of(case.circuit) if len(part) == 2]
+    nodes = list(nodes_of(case.circuit.mask))
 
     def run(steps: list[tuple[str, int]], pairs: Pairs) -> Tensor:
         chosen = {site: torch.zeros_like(kept) for site, kept in case.circuit.mask.items()}

@@ -170,8 +170,7 @@ def made_small(search: Search, circuit: Circuit, aim: float, asked: PruneConfig)
     if total(circuit) > FEW_PARTS:
         rough = Search(search.model, search.constants, search.quarter, search.tie_qk)
         for s in (search, rough):
-            s.fit(circuit.mask, circuit.edges)
-            s.accept()
+            s.start_from(circuit.mask, circuit.edges)
         leave_out(search, rough, aim, quiet, necessity)
         circuit = search.accepted
     if total(circuit) <= FEW_PARTS:
@@ -209,8 +208,7 @@ def costs_within(study: Study, model: GPT, constants: Nodes, circuit: Circuit) -
     """{number of an edge of the final circuit: nats by which the loss of `circuit` rises without
     it}, of those that are in both."""
     search = Search(host(model, circuit.standalone), constants, study.fit, study.pruning.tie_qk)
-    search.fit(circuit.mask, circuit.edges)
-    whole = search.accept()
+    whole = search.start_from(circuit.mask, circuit.edges)
     found = {}
     for n, (a, j, b, i) in enumerate(study.edges):
         place = graph_of(model).wires[a, b].place(j, i)
