@@ -34,7 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data.tinypython.tokenizer import tokenizer_hash, tokenizer_in
 from jobs import Job, Run, leave
-from model import GPT, LAYOUTS, device_of, layout_of, weights_files, weights_hash
+from model import GPT, device_of
+from model_files import LAYOUTS, layout_of, weights_files, weights_hash
 from ops import abstopk
 from tokens import inputs_and_targets, tokenizer_of, window_of
 from train import (TrainConfig, begin, evaluate, evaluation_text, loop, new_model, of_the_family,

@@ -19,7 +19,8 @@ from torch import Tensor
 from circuit import (FINAL, Circuit, Nodes, ablate, all_edges, count, edges_of, graph_of, heads_of,
                      inverse, without_edges)
 from config import nearest, write_atomic
-from model import GPT, SITES, weights_hash
+from model import GPT, SITES
+from model_files import weights_hash
 from tasks import Pairs, Task, calibrated, loss_of, margins
 
 

@@ -10,11 +10,8 @@
 
 Paper sections 2.1 and A.1; every site is in the table below.
 """
-import hashlib
 import json
 import math
-import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -26,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import write_atomic
+from model_files import (SIZES, config_path, known_fields, plain_name, read_weights,
+                         weights_files, write_model)
 from ops import abstopk, linear, rms_norm, sink_attention
 
 NodeFn = Callable[[str, Tensor], Tensor]  # (site, activations (B, T, width)) -> activations
@@ -59,45 +57,6 @@ SITES = {
 }
 # The residual stream itself stays whole in the paper; the format has names for it all the same.
 STREAM_LOCTYPES = ("resid_post_attn", "resid_post_mlp")
-
-# What a config may hold besides the fields of GPTConfig, in this order:
-# 1. What is off (null, false, 0, empty) changes nothing, whatever it is, and passes.
-# 2. What would make another forward pass than ours, NOT_COMPUTED, is refused by name.
-# 3. What speaks of training or of kernels, by a word of TRAINING, passes: a forward pass does not
-#    know how its weights came about.
-# 4. What `transformers` writes into every config.json, OTHER_PROGRAMS, passes.
-# 5. Any other key is refused by name: it may be a misspelt one, or change what is computed.
-NOT_COMPUTED = (
-    "afrac_approx", "rtopk",        # an AbsTopK that keeps other channels than the largest
-    "mup", "mup_width_multiplier",  # other scales of attention and logits
-    "scale_invariance", "enable_fp8_linear",  # other products
-    "use_tied_aux_matrix", "unembed_rank", "bigram_table_rank",  # other matrices
-)
-TRAINING = set("""adam anneal batch beta1 beta2 checkpoint checkpointing debug decay dropout epochs
-    expansion grad impl init kernels learning loss lr optimizer pdrop pfrac run schedule seed ste
-    steps train training wandb warmup""".split())
-OTHER_PROGRAMS = set("""architectures attn_implementation auto_map bos_token_id dtype eos_token_id
-    head_dim hidden_act hidden_size id2label initializer_range intermediate_size is_decoder
-    label2id length_penalty max_length max_position_embeddings model_type n_ctx n_inner n_positions
-    num_attention_heads num_beam_groups num_beams num_hidden_layers num_key_value_heads
-    num_return_sequences pad_token_id repetition_penalty return_dict sep_token_id temperature
-    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
-    transformers_version typical_p use_cache""".split())
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "d_model")  # never null
-RENAMED_KEYS = {"n_mlp": "d_mlp", "n_embd": "d_model"}  # old name -> ours
-
-# The two layouts of a model directory: config, weights.
-LAYOUTS = {
-    "store": ("beeg_config.json", "final_model.pt"),
-    "hub": ("config.json", "model.safetensors"),
-}
-HUB_PREFIX = "circuit_model."  # before each weight's name there
-# What the hub's own loader goes by.
-HUB_FIELDS = {"architectures": ["CircuitGPTForCausalLM"], "model_type": "circuitgpt",
-              "dtype": "float32"}
-# What stands before a name for no reason of ours, as wrappers leave it, in any order.
-PREFIXES = ("module.", "_orig_mod.", HUB_PREFIX)
-
 
 def record(into: dict[str, Tensor]) -> NodeFn:
     """A node function that keeps each site's activations, (B, T, width), detached, in `into`.
@@ -509,18 +468,8 @@ class GPT(nn.Module):
 
         ValueError for another format, or where the hub's lacks the package safetensors.
         """
-        if format not in LAYOUTS:
-            raise ValueError(f"format must be {' or '.join(LAYOUTS)}, not {format!r}")
-        config = asdict(self.config)
         state = self.state_dict() if state is None else state
-        weights = partial(torch.save, state)
-        if format == "hub":
-            config |= HUB_FIELDS
-            weights = _as_safetensors(state)
-        config_name, weights_name = LAYOUTS[format]
-        os.makedirs(path, exist_ok=True)
-        write_atomic(os.path.join(path, config_name), json.dumps(config, indent=1).encode())
-        write_atomic(os.path.join(path, weights_name), weights)
+        write_model(path, format, asdict(self.config), state)
 
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> "GPT":
@@ -537,7 +486,7 @@ class GPT(nn.Module):
             model = cls(config)
         state = {}
         for file in files:
-            state |= _read_weights(file)
+            state |= read_weights(file)
         own = model.state_dict()
         try:
             given = model.fitted(state)
@@ -561,8 +510,7 @@ class GPT(nn.Module):
         own = self.state_dict()
         given = {}
         for name, tensor in state.items():
-            while name.startswith(PREFIXES):
-                name = name.split(".", 1)[1]
+            name = plain_name(name)
             if not name.endswith(".attn.bias"):  # an old causal-mask buffer
                 given[name] = tensor
         # what some published files leave out
@@ -586,59 +534,18 @@ class GPT(nn.Module):
         return given
 
 
-# --- a model's directory -------------------------------------------------------------------------
+# --- config, device, positions -------------------------------------------------------------------
 
 def read_config(raw: dict) -> GPTConfig:
-    """The dict of a published config -> GPTConfig. Old names are understood, a null is as if the
-    key were not there, and other keys pass or not by the rule above.
-
-    ValueError that names the keys which are refused, of another type, or contradict each other.
-    """
+    """The dict of a published config -> GPTConfig. ValueError as of `known_fields` in
+    model_files.py, or where values do not fit together."""
     kinds = {f.name: get_args(f.type) or (f.type,) for f in fields(GPTConfig)}
-    given = {}
-    refused = []
-    unknown = []
-    for key, value in raw.items():
-        name = RENAMED_KEYS.get(key, key)
-        if name in kinds:
-            if value is None:
-                continue
-            # JSON has 0 for 0.0; type(), because true is an int as well
-            if type(value) not in kinds[name] and not (type(value) is int and float in kinds[name]):
-                wanted = kinds[name][0].__name__
-                raise ValueError(f"{key} must be of type {wanted}, not {value!r}")
-            if given.setdefault(name, value) != value:
-                raise ValueError(f"{key} is {value}, but another name of it says {given[name]}")
-        elif not value:
-            continue
-        elif key in NOT_COMPUTED:
-            refused.append(key)
-        elif TRAINING.isdisjoint(key.split("_")) and key not in OTHER_PROGRAMS and key[:1] != "_":
-            unknown.append(key)  # a leading underline: private to the program that wrote it
-    if refused:
-        raise ValueError(f"{', '.join(sorted(refused))}: no published code computes what this "
-                         "changes in the forward pass")
-    if unknown:
-        raise ValueError(f"unknown config keys: {', '.join(sorted(unknown))}; take them out if the "
-                         "forward pass does without")
-    for name in SIZES:
-        if name not in given and any(RENAMED_KEYS.get(key, key) == name for key in raw):
-            raise ValueError(f"{name} is null")
-    return GPTConfig(**given)
-
-
-def layout_of(directory: str) -> str:
-    """`store` or `hub`, by the config that is there. ValueError where there is none."""
-    for layout, (config, _) in LAYOUTS.items():
-        if os.path.exists(os.path.join(directory, config)):
-            return layout
-    raise ValueError(f"{directory} is not a model directory: beeg_config.json is missing, and so "
-                     "is the hub's config.json")
+    return GPTConfig(**known_fields(raw, kinds))
 
 
 def config_of(directory: str) -> GPTConfig:
     """The config of a model directory. ValueError, in one line, where it is none of ours."""
-    path = os.path.join(directory, LAYOUTS[layout_of(directory)][0])
+    path = config_path(directory)
     try:
         with open(path, encoding="utf-8") as f:
             return read_config(json.load(f))
@@ -646,67 +553,6 @@ def config_of(directory: str) -> GPTConfig:
         raise ValueError(f"{path} is not JSON: {e}") from None
     except (ValueError, TypeError, AttributeError, OSError) as e:
         raise ValueError(f"{path}: {e}") from None
-
-
-def weights_files(directory: str) -> list[str]:
-    """The file of a model directory's weights, or the several of a large snapshot. ValueError where
-    one is missing."""
-    layout = layout_of(directory)
-    names = [LAYOUTS[layout][1]]
-    index = os.path.join(directory, "model.safetensors.index.json")
-    if layout == "hub" and os.path.exists(index):
-        try:
-            with open(index, encoding="utf-8") as f:
-                names = sorted(set(json.load(f)["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise ValueError(f"{index} is not an index of weights ({type(e).__name__})") from None
-    for name in names:
-        if not os.path.exists(os.path.join(directory, name)):
-            raise ValueError(f"{directory} is not a model directory: {name} is missing")
-    return [os.path.join(directory, name) for name in names]
-
-
-def weights_hash(directory: str) -> str:
-    """sha256 of a model directory's weights file, by which a circuit knows its model; of several
-    files, that of their hashes. It reads all of it: about 0.7 s a GB."""
-    # of the file, not of the tensors: any tool can check it
-    hashes = []
-    for file in weights_files(directory):
-        with open(file, "rb") as f:
-            hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _read_weights(file: str) -> dict[str, Tensor]:
-    """A state dict on the CPU, mapped into memory and read where it is used. ValueError where the
-    file is no such thing."""
-    if file.endswith(".safetensors"):
-        load = _safetensors().load_file
-    else:
-        # copied on write, so that the file stays as it is; files of old PyTorch cannot be mapped
-        mapped = zipfile.is_zipfile(file)
-        load = partial(torch.load, map_location="cpu", weights_only=True, mmap=mapped)
-    try:
-        return load(file)
-    except Exception as e:  # both raise many kinds on a truncated or foreign file
-        raise ValueError(f"{file} is truncated or not a weights file "
-                         f"({type(e).__name__})") from None
-
-
-def _as_safetensors(state: dict[str, Tensor]) -> bytes:
-    # copies, because the format knows no two names of one tensor
-    tensors = {HUB_PREFIX + name: t.detach().cpu().clone() for name, t in state.items()}
-    return _safetensors().save(tensors, {"format": "pt"})  # the hub's programs look for this mark
-
-
-def _safetensors():
-    """safetensors.torch, which only the hub's layout needs."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("model.safetensors needs the package safetensors: "
-                         "pip install -r requirements-extra.txt") from None
-    return safetensors.torch
 
 
 def device_of(name: str) -> str:

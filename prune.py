@@ -36,7 +36,8 @@ from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from data.workers import begin_worker, cores, worker_pool
 from masks import Gates, MaskConfig, attribution, learn_masks
 from minimise import minimise
-from model import GPT, config_of, device_of, weights_hash
+from model import GPT, config_of, device_of
+from model_files import weights_hash
 from search import Search
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of,
                    margins, rows_at_once, task_of)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from bridge import Coupled, load_bridged, streams
 from circuit_file import circuit_of, read_circuit
-from model import GPT, device_of, weights_hash
+from model import GPT, device_of
+from model_files import weights_hash
 from tasks import Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of
 from tokens import random_windows, window_of
 

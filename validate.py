@@ -35,7 +35,8 @@ from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, Case, agreement, complement, frozen_norms,
                       generalisation, idle, necessity, necessity_refit, resample, resample_task,
                       standalone, sufficiency, zero_ablation)
-from model import device_of, weights_hash
+from model import device_of
+from model_files import weights_hash
 from prune import HELD_OUT, PruneConfig, in_processes, result_or_reason
 from tasks import Pairs, Task, load_model, load_pairs, task_of
 from tokens import check_tokenizer, window_of

@@ -11,7 +11,8 @@ import bridge
 import steer
 from bridge import Bridges, Coupled, about, add_moments, fit_bridges, gather, nmse, ridge_map, streams
 from jobs import Run
-from model import GPT, weights_hash
+from model import GPT
+from model_files import weights_hash
 from steer import rms_ratio
 from tasks import TASKS
 from test_bridge import plain, refused, rotated

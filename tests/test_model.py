@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from config import write_atomic
-from model import GPT, GPTConfig, read_config, record, weights_hash
+from model import GPT, GPTConfig, read_config, record
+from model_files import weights_hash
 
 pytestmark = pytest.mark.usefixtures("seed")
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -15,7 +15,7 @@ import prune
 import steer
 from bridge import Bridges, Coupled
 from config import parse
-from model import weights_hash
+from model_files import weights_hash
 from steer import (choose, curve, mean_difference, perturbation, reads, rms_ratio, steered,
                    toward_other)
 from tasks import TASKS, Pairs, Task, last_logits

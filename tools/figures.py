@@ -25,7 +25,7 @@ from pathlib import Path
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, nearest, parse, sole_user, write_atomic
 
-from model import weights_hash
+from model_files import weights_hash
 from tokens import read_data
 from tools.figures_inside import (binarised, draw_binarised, draw_fig8, draw_fig10, draw_tokens,
                                   fig8, fig10, tokens)

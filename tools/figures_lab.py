@@ -24,7 +24,7 @@ from config import write_atomic
 from circuit_file import write_circuit
 from data.workers import cores
 from minimise import quiet
-from model import weights_hash
+from model_files import weights_hash
 from prune import (PruneConfig, already_pruned, constants_of, in_processes, path_of,
                    prune, settings_in_file)
 from tasks import load_model, task_of

@@ -41,7 +41,8 @@ from torch import Tensor
 
 from circuit_file import circuit_of, read_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
-from model import GPT, device_of, record, weights_hash
+from model import GPT, device_of, record
+from model_files import weights_hash
 from tasks import load_model, prompt_ids
 from tokens import check_tokenizer, random_windows, window_of
 from view import NODES_FORMAT, nodes_path

@@ -27,7 +27,8 @@ from config import as_script, bounded, die, parse, to_toml, write_atomic
 
 from circuit import Circuit
 from minimise import quiet
-from model import GPT, weights_hash
+from model import GPT
+from model_files import weights_hash
 from prune import PruneConfig, check_prune, constants_of, find, geometric_mean
 from tasks import (Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of, margins,
                    task_of)
