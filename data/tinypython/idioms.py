@@ -757,13 +757,16 @@ class Pen:
     def buildup(self, returned: bool = False) -> str:
         """One or two variables, set up here and grown in a loop some lines later.
 
-        What they start as (`set()`, `""`) tells how they grow (`.add(`, ` +=`), and nothing else.
+        What they start as (`set()`, `""`) tells how they grow (`.add(`, ` +=`), and nothing else:
+        two are of different kinds, as many grow one way as the other, and in any order.
         """
-        kinds = ("set", "set", "set", "text", "text", "text", "list", "count", "dict")
+        kinds = ["set"] * 5 + ["text"] * 3 + ["count", "list", "dict"]
         grown = {}
         for _ in range(self.pick((1, 2, 2))):
             name = self.pick(ACCUMULATORS) if self.chance(0.6) else self.slot("accumulator")
-            grown[name] = GROWN[self.pick(kinds)]
+            kind = self.pick(kinds)
+            kinds = [other for other in kinds if other != kind]
+            grown[name] = GROWN[kind]
 
         lines = [f"{name} = {self.pick(start)}" for name, (start, _) in grown.items()]
         lines += ["$line"] * self.pick((0, 0, 0, 1, 1, 2, 3, 6))
@@ -775,9 +778,12 @@ class Pen:
             "for $index, $item1 in enumerate($collection):",
             "while $item1:",
         )))
-        for name, (_, growth) in grown.items():
+        growths = [(name, growth) for name, (_, growth) in grown.items()]
+        if self.chance(0.5):
+            growths.reverse()
+        for name, growth in growths:
             lines += self.growing(name, growth)
-        for name, (_, growth) in grown.items():  # once more, behind the loop
+        for name, growth in growths:  # once more, behind the loop
             line = name + self.pick(growth)
             if self.chance(0.2):
                 lines.append(line)
