@@ -18,6 +18,7 @@ import copy
 import hashlib
 import math
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -271,7 +272,9 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
     met = circuit.loss <= target
     if met:  # as a circuit is made of its masks, but that nobody need miss it
         cfg = replace(cfg, necessity=0.0)
-        circuit = smallest(search, gates, ranking, SLACKS[0] * target, target, cfg, say)
+        # where it cannot come further below, it may have all of the target: that favours nonsense
+        aim = SLACKS[0] * target if circuit.loss <= SLACKS[0] * target else target
+        circuit = smallest(search, gates, ranking, aim, target, cfg, say)
     margin = alone(model, circuit, setting.constants)(setting.heldout)
     return {
         "loss": circuit.loss,
@@ -296,14 +299,15 @@ class Factor(NamedTuple):
 
 def factor_of(runs: dict[str, list[dict]], n_edges: int, level: str) -> Factor | None:
     """Of a level, from the card's `controls`; None where none of it was run."""
-    of_level = [run for key, of_key in runs.items() if CONTROLS[key].level == level
-                for run in of_key]
+    of_level = []
+    for key, control in CONTROLS.items():
+        if control.level == level:
+            of_level += runs.get(key, [])
     if not of_level:
         return None
     factors = []
     for run in of_level:
         factors.append(run["edges"] / max(1, n_edges) if run["met"] else math.inf)
-    factors.sort()
     met = sum(run["met"] for run in of_level)
     unsettled = sum(not run["met"] and not run["flat"] for run in of_level)
-    return Factor(factors[0], factors[len(factors) // 2], met, unsettled, len(of_level))
+    return Factor(min(factors), statistics.median(factors), met, unsettled, len(of_level))

@@ -148,8 +148,11 @@ def split_of(first: str, second: str) -> str:
 # --- pairs from a file -----------------------------------------------------------------------
 
 def pick(file: PairFile, tokenizer, n: int, split: str, block_size: int, rng: random.Random):
-    """Token ids of the prompts of n pairs of the file, and those of each pair's two answers."""
+    """Token ids of the prompts of n pairs of the file, and those of each pair's two answers. Where
+    all pairs ask for the same two, the answer that stands first in the file comes first in each:
+    what calibration shifts is that answer's logit."""
     found = []
+    asked = []  # the answers of every line
     seen = {}  # the two prompts, in whatever order -> where they stand
     for line in file.lines:  # all, so that every call finds what is wrong anywhere
         try:
@@ -167,8 +170,11 @@ def pick(file: PairFile, tokenizer, n: int, split: str, block_size: int, rng: ra
                 raise ValueError(f"it has the two prompts of line {other}")
         except ValueError as e:
             raise ValueError(f"{file.path}, line {line.number}: {e}") from e
+        asked.append(answers)
         if its_split == split:
             found.append((prompts, answers))
+    if len(set(map(frozenset, asked))) == 1:
+        found = [pair if pair[1] == asked[0] else (pair[0][::-1], asked[0]) for pair in found]
     if not found:
         raise ValueError(f"no pair of {file.path} falls into the {split} split; it needs more")
     rng.shuffle(found)  # a file may be sorted, and the first pairs must be as the rest

@@ -3,15 +3,16 @@
 - Its lines (measures.py): harder ablations than those of pruning, the model beside the circuit, and
   prompts that pruning never saw; all on held-out pairs.
 - Controls (controls.py) prune, with the same settings, where there is nothing to find; the card
-  begins with how many times as many edges that takes.
+  begins with how many times as many edges that takes. Each run is kept in the file as soon as it is
+  done: stop it whenever you like, and only what is missing is run.
 - A verdict in four words: sufficient, needed, beats nonsense, follows the model; each with its
   number and what was asked. What was not shown is named as well.
 - A file that is truncated, edited, or of another model is refused in one line, and not written.
 
     python validate.py --circuit=out/demo/single_double_quote/circuit.json
     python validate.py --circuit=out/demo --jobs=2          # out/demo/*/circuit.json, then a table
-    python validate.py --circuit=out/demo --controls=false  # 21 of them, some minutes each
-    python validate.py --circuit=out/demo --level=nonsense --control_seeds=1  # 3 of them
+    python validate.py --circuit=out/demo --controls=false  # without the 21 of them
+    python validate.py --circuit=out/demo --level=nonsense --control_seeds=1  # 3, minutes each
 
 Paper 2.2 and Appendix E; the critique is Drori, "Weight-sparse circuits may be interpretable yet
 unfaithful" (2026).
@@ -109,48 +110,47 @@ MEASURES = (necessity_refit, idle, standalone, resample_task, complement, frozen
 LEVELS = {"memorise": "memorising", "nonsense": "nonsense", "wiring": "untrained wiring"}
 
 
-def card_of(case: Case, stated: dict, control_seeds: int, say: Say = print,
-            level: str = "all") -> dict:
-    """The whole card; control_seeds: of each control, 0 = none. ValueError where the circuit lacks
-    the losses that its file states."""
+def lines_of(case: Case, stated: dict, say: Say = print) -> dict:
+    """The card but for its controls. ValueError where the circuit lacks the losses that its file
+    states."""
     card = {"sufficiency": sufficiency(case), "necessity": necessity(case)}
     for key, loss in card.items():
-        claim = stated.get(key)
+        said = stated.get(key)
         # another machine adds up in another order; an edit changes more than that
-        if not (isinstance(claim, (int, float)) and abs(claim - loss) <= 0.002 + 0.01 * loss):
+        if not (isinstance(said, (int, float)) and abs(said - loss) <= 0.002 + 0.01 * loss):
             raise ValueError(
-                f"it states a {key} of {claim} nats, but has {loss:.4f}: it was edited, or the "
+                f"it states a {key} of {said} nats, but has {loss:.4f}: it was edited, or the "
                 "tokenizer or tasks.py are others now; prune the task again"
             )
     for measure in MEASURES:
         say(f"  {measure.__name__.replace('_', ' ')}")
         card |= measure(case)
-    if control_seeds:
-        card["controls"] = controls_of(case, control_seeds, say, level)
-    return card | verdict(card, case.settings.target_loss[0], case.circuit.size[1])
+    return card
 
 
-def controls_of(case: Case, seeds: int, say: Say = print,
-                level: str = "all") -> dict[str, list[dict]]:
-    """The runs of every control of a level: {its key: one for each seed}."""
+def missing_controls(runs: dict[str, list[dict]], seeds: int, level: str) -> list[tuple[str, int]]:
+    """The runs (control's key, seed) of a level that a card lacks; the n-th of a list has seed n,
+    and an empty one says that the task has no such control."""
+    missing = []
+    for key, control in CONTROLS.items():
+        if level in ("all", control.level) and runs.get(key) != []:
+            missing += [(key, seed) for seed in range(len(runs.get(key, [])), seeds)]
+    return missing
+
+
+def with_control(case: Case, runs: dict[str, list[dict]], key: str, seed: int,
+                 say: Say = print) -> dict[str, list[dict]]:
+    """A card's controls with one run more."""
     # its own means, over the data that this command was given
     subject = Subject(case.model, case.task, case.tokenizer, case.constants, case.settings,
                       case.train, case.heldout, os.path.dirname(case.data))
-    found = {}
 
     def say_further_in(text: str) -> None:
         say(f"    {text.strip()}")
 
-    for key, control in CONTROLS.items():
-        if level not in ("all", control.level):
-            continue
-        for seed in range(seeds):
-            say(f"  control: {control.name}, seed {seed}")
-            run = run_control(subject, key, seed, case.circuit.size[1], say_further_in)
-            if run is None:
-                break
-            found.setdefault(key, []).append(run)
-    return found
+    say(f"  control: {CONTROLS[key].name}, seed {seed}")
+    run = run_control(subject, key, seed, case.circuit.size[1], say_further_in)
+    return runs | {key: [] if run is None else [*runs.get(key, []), run]}
 
 
 def verdict(card: dict, target: float, n_edges: int) -> dict:
@@ -163,7 +163,7 @@ def verdict(card: dict, target: float, n_edges: int) -> dict:
         "beats_controls": claim(None if level is None else level.least, at_least=BEATS),
         "follows": claim(card.get("agreement_beyond"), at_least=FOLLOWS),
     }
-    nonsense = "controls not run"
+    nonsense = "its controls not run"
     if level is not None:
         nonsense = f"nonsense needs {times(level.least)} its edges"
         if level.met == 0:
@@ -231,8 +231,9 @@ def card_text(content: dict) -> str:
         if factor is not None:
             row = f"  {name}: {factor.met} of {factor.runs} runs met the target"
             if factor.met:
-                row += (f", with {times(factor.least)} its edges at least "
-                        f"({times(factor.median)} in the median)")
+                row += f", with {times(factor.least)} its edges at least"
+                if math.isfinite(factor.median):
+                    row += f" ({times(factor.median)} in the median)"
             if factor.unsettled:
                 row += f"; {factor.unsettled} were still getting better"
             rows.append(row)
@@ -320,6 +321,10 @@ def case_of(cfg: ValidateConfig, content: dict) -> Case:
 
 # --- the command -----------------------------------------------------------------------------
 
+# What the runs of controls hang on, of `measured_with`; their seeds are their own.
+OF_CONTROLS = ("circuit", "data", "tokenizer", "window")
+
+
 def measured_with(cfg: ValidateConfig, content: dict) -> dict:
     """What a card hangs on; where this is as it was, a card need not be measured again."""
     keys = ("nodes", "edges", "means", "logit_scale", "logit_shift", "target_loss", "settings")
@@ -328,45 +333,54 @@ def measured_with(cfg: ValidateConfig, content: dict) -> dict:
         "circuit": hashlib.sha256(circuit.encode()).hexdigest()[:16],
         "data": cfg.data, "tokenizer": cfg.tokenizer, "seed": cfg.seed, "window": cfg.window,
         "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS, "tried": TRIED,
-        "control_seeds": cfg.control_seeds, "level": cfg.level,
     }
 
 
-def is_as_wanted(cfg: ValidateConfig, old: dict, with_what: dict) -> bool:
-    """Whether a file's card holds all that is asked for, measured with the same things. Controls
-    that are not asked for may be any, and stay."""
-    wanted = {"verdict", *(line.key for line in LINES)}
-    if cfg.controls:
-        wanted.add("controls")
-    if not wanted <= old.keys():
-        return False
-    # cards from before there were levels have all of them
-    measured = {"level": "all", "tried": TRIED} | old.get("card", {})
-    free = () if cfg.controls else ("control_seeds", "level")
-    return all(measured.get(key) == with_what[key] for key in with_what if key not in free)
-
-
 def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict:
-    """Measure, write and print the card of one file, unless it is there; returns the content.
+    """Measure what a file's card lacks, write it, and print the card; returns the content. Controls
+    that are not asked for stay as they are.
 
-    ValueError or OSError, in one line and with nothing written, where that cannot be done.
+    ValueError or OSError, in one line, where that cannot be done; the file then has what was
+    measured until then.
     """
     content = read_circuit(cfg.circuit)
-    old = content["validation"]
+    card = content["validation"]
     with_what = measured_with(cfg, content)
-    seeds = cfg.control_seeds if cfg.controls else 0
-    if cfg.again or not is_as_wanted(cfg, old, with_what):
+    old = {"tried": TRIED} | card.get("card", {})  # older cards do not say how many parts they try
+    same_lines = all(old.get(key) == value for key, value in with_what.items())
+    same_controls = all(old.get(key) == with_what[key] for key in OF_CONTROLS)
+    runs = card.get("controls", {}) if same_controls else {}
+    if cfg.again and cfg.controls:
+        runs = {key: of_key for key, of_key in runs.items()
+                if cfg.level not in ("all", CONTROLS[key].level)}
+
+    missing = missing_controls(runs, cfg.control_seeds, cfg.level) if cfg.controls else []
+    whole = same_lines and {"verdict", *(line.key for line in LINES)} <= card.keys()
+    if cfg.again or not whole or missing:
         say(f"validating {cfg.circuit}")
         try:
-            card = card_of(case_of(cfg, content), old, seeds, say, cfg.level)
+            case = case_of(cfg, content)
+            if cfg.again or not whole:
+                card = {**card, **lines_of(case, card, say), "card": with_what}
+                write_card(cfg.circuit, content, card, runs)
+            for key, seed in missing:
+                if runs.get(key) != []:  # its first run has found that there is none
+                    runs = with_control(case, runs, key, seed, say)
+                    write_card(cfg.circuit, content, card, runs)
         except ValueError as e:
             raise ValueError(f"{cfg.circuit}: {e}") from e
-        # what pruning stated stays; controls of an earlier card do not, they may be of another seed
-        kept = {key: value for key, value in old.items() if key != "controls"}
-        content["validation"] = {**kept, **card, "card": with_what}
-        write_circuit(cfg.circuit, content)
     say(card_text(content))
     return content
+
+
+def write_card(path: str, content: dict, card: dict, runs: dict[str, list[dict]]) -> None:
+    """Put a card, its controls and the verdict of both into a circuit's content, and write it."""
+    card = {key: value for key, value in card.items() if key != "controls"}
+    if runs:
+        card["controls"] = runs
+    target = content["target_loss"]
+    content["validation"] = card | verdict(card, target, content["n_edges"])
+    write_circuit(path, content)
 
 
 def validate_named(cfg: ValidateConfig, path: str) -> dict:

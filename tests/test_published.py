@@ -83,7 +83,7 @@ def test_validate_measures_what_the_file_states(toy):
         content = toy.run(viz_of(toy.model, nodes), "--task=toy")
         cfg = validate.ValidateConfig(circuit=str(toy.path), data=str(toy.folder))
         case = validate.case_of(cfg, content)
-        card = validate.card_of(case, content["validation"], False, lambda text: None)
+        card = validate.lines_of(case, content["validation"], lambda text: None)
         assert card["sufficiency"] == pytest.approx(content["loss_heldout"], abs=1e-5)
         assert card["sufficiency"] < card["necessity"]
 

@@ -586,6 +586,27 @@ def test_a_pair_of_a_file_is_in_one_split_whatever_the_seed_and_the_company(toke
             assert set(as_pairs(load_pairs(task, tokenizer, 100, "heldout", BLOCK, seed))) <= heldout
 
 
+def test_pairs_of_two_answers_are_turned_so_that_the_same_comes_first(tokenizer, tmp_path):
+    path = tmp_path / "turned.jsonl"
+    pairs = [{"prompts": [f"x = [{i}", f"x = [[{i}"], "answers": ["]\n", "]]\n"]} for i in range(100)]
+    path.write_text("\n".join(json.dumps(pair) for pair in pairs))
+    straight = load_pairs(task_of(str(path)), tokenizer, 60, "train", 64)
+    for pair in pairs[1::2]:
+        pair["prompts"].reverse()
+        pair["answers"].reverse()
+    path.write_text("\n".join(json.dumps(pair) for pair in pairs))
+    turned = load_pairs(task_of(str(path)), tokenizer, 100, "train", 64)
+    assert turned.answer[::2].unique().tolist() == tokenizer.encode_ordinary("]\n")
+    # each prompt still has its own answer
+    own = dict(zip(map(tuple, straight.prompts()), straight.answer.tolist()))
+    found = dict(zip(map(tuple, turned.prompts()), turned.answer.tolist()))
+    assert len(own.keys() & found.keys()) > 60 and all(found[prompt] == own[prompt] for prompt in own.keys() & found.keys())
+    # where the answers are not two, nothing is turned
+    pairs[0]["answers"] = [" value", " name"]
+    path.write_text("\n".join(json.dumps(pair) for pair in pairs))
+    assert len(load_pairs(task_of(str(path)), tokenizer, 100, "train", 64).answer[::2].unique()) > 1
+
+
 def test_a_files_pairs_are_drawn_by_seed_and_fewer_are_the_first_of_more(tokenizer, tmp_path):
     task = task_of(write(tmp_path / "a.jsonl", as_jsonl(written_pairs())))
     few, more, other = (load_pairs(task, tokenizer, n, "train", BLOCK, seed) for n, seed in ((20, 0), (60, 0), (20, 1)))

@@ -449,42 +449,88 @@ def test_the_card_is_written_into_the_file_and_what_was_there_stays(command, toy
     assert card["idle"] == 0 and card["needed"]["shown"] is True and card["sufficient"]["shown"] is True
     runs = card["controls"]
     assert not runs["permuted_answers"][0]["met"] and set(runs["random_signs"][0]) >= {"loss", "nodes", "edges", "met", "curve", "loss_at_size"}
-    assert "foreign_answers" not in runs  # no other task's answers are digits
+    assert runs["foreign_answers"] == []  # no other task's answers are digits
     for text in ("sufficiency", "resample in the task", "permuted answers", "random signs", "n/a", card["verdict"], f"{card['frozen_norms']:.3f}"):
         assert text in out
     card_lines = out[out.rindex("toy: 3 nodes"):].splitlines()
     assert card_lines[1].strip() == "memorising: 0 of 1 runs met the target"
-    # one level of them alone
-    assert command("--control_seeds=1", "--level=memorise") == 0
-    assert json.loads(command.path.read_text())["validation"]["controls"].keys() == {"permuted_answers"}
-    assert "controls not run" in capsys.readouterr().out  # those that the verdict looks at
+    # what it cost is kept, whatever is asked for next
     before = command.path.read_bytes()
-    assert command("--controls=false") == 0 and command.path.read_bytes() == before  # what it cost is kept
+    for options in ((), ("--controls=false",), ("--level=memorise",)):
+        assert command("--control_seeds=1", *options) == 0 and command.path.read_bytes() == before
 
 
-def test_a_complete_card_is_not_measured_again_unless_asked_or_set_otherwise(command, monkeypatch, capsys):
-    calls = counter()
+@pytest.fixture
+def measured(monkeypatch):
+    """What validate.py measures from now on, in place of measuring it: `lines`, and (control, seed)."""
+    done = []
 
-    def measure(case, stated, seeds, say, level):
-        next(calls)
-        card = {line.key: 0.5 for line in validate.LINES} | {"agreement_beyond": 0.5, "idle_of": 1, "necessity_refit": 0.5}
-        card |= {"controls": {"exchanged_answers": seeds * [run(False, 1)]}} if seeds else {}
-        return card | verdict(card, 0.15, 2)
+    def lines(case, stated, say):
+        done.append("lines")
+        return {line.key: 0.5 for line in validate.LINES} | {"agreement_beyond": 0.5, "idle_of": 1, "necessity_refit": 0.5}
 
-    monkeypatch.setattr(validate, "card_of", measure)
+    def one(subject, key, seed, n_edges, say):
+        done.append((key, seed))
+        return None if key == "foreign_answers" else run(key == "exchanged_answers", 40 + seed)
+
+    monkeypatch.setattr(validate, "lines_of", lines)
+    monkeypatch.setattr(validate, "run_control", one)
+
+    def since():
+        found = list(done)
+        done.clear()
+        return found
+    return since
+
+
+def test_a_complete_card_is_not_measured_again_unless_asked_or_set_otherwise(command, measured, capsys):
     command("--controls=false")
     before, first = command.path.read_bytes(), capsys.readouterr().out
-    assert command("--controls=false") == 0 and command.path.read_bytes() == before and next(calls) == 1
+    assert measured() == ["lines"]
+    assert command("--controls=false") == 0 and command.path.read_bytes() == before and measured() == []
     assert capsys.readouterr().out in first
-    assert command("--controls=false", "--again") == 0 and next(calls) == 3
-    assert command("--controls=false", "--seed=1") == 0 and next(calls) == 5
-    assert command("--seed=1") == 0 and next(calls) == 7  # now with its controls
-    before = command.path.read_bytes()
-    assert command("--seed=1", "--controls=false") == 0 and next(calls) == 8 and command.path.read_bytes() == before
-    assert command("--seed=1", "--control_seeds=1") == 0 and next(calls) == 10
-    assert command("--seed=2", "--controls=false") == 0
+    assert command("--controls=false", "--again") == 0 and measured() == ["lines"]
+    assert command("--controls=false", "--seed=1") == 0 and measured() == ["lines"]
+    command("--seed=1", "--window=3", "--controls=false")
+    assert measured() == ["lines"]
+
+
+def test_only_the_controls_that_a_card_lacks_are_run_and_none_is_lost(command, measured, capsys):
+    nonsense = ["exchanged_answers", "foreign_answers", "irrelevant_feature"]
+    command("--level=wiring", "--control_seeds=1")
+    assert measured() == ["lines", *((key, 0) for key in ("random_signs", "permuted_rows", "before_training"))]
+    assert "its controls not run" in capsys.readouterr().out  # those that the verdict looks at
+    command("--level=nonsense", "--control_seeds=1")
+    assert measured() == [(key, 0) for key in nonsense]
+    command("--level=nonsense", "--control_seeds=3")  # of what there is not, one try was enough
+    assert measured() == [(key, seed) for key in nonsense if key != "foreign_answers" for seed in (1, 2)]
+    command("--controls=false", "--seed=1")  # other draws for the lines: controls have seeds of their own
+    assert measured() == ["lines"]
+    command("--level=wiring", "--control_seeds=1", "--again", "--seed=1")
+    assert measured()[0] == "lines" and measured() == []
     card = json.loads(command.path.read_text())["validation"]
-    assert card["beats_controls"]["shown"] is None and "controls" not in card  # those were of another seed
+    assert {key: len(runs) for key, runs in card["controls"].items()} == {
+        "exchanged_answers": 3, "foreign_answers": 0, "irrelevant_feature": 3, "random_signs": 1, "permuted_rows": 1, "before_training": 1}
+    assert card["beats_controls"]["shown"] is True and card["beats_controls"]["value"] == 20.0
+    command("--window=3", "--controls=false", "--seed=1")  # other means: those were of another circuit's world
+    assert "controls" not in json.loads(command.path.read_text())["validation"]
+
+
+def test_a_run_of_controls_that_is_stopped_goes_on_where_it_was(command, measured, monkeypatch):
+    one = validate.run_control
+
+    def stopped(subject, key, seed, *rest):
+        if (key, seed) == ("exchanged_answers", 1):
+            raise KeyboardInterrupt
+        return one(subject, key, seed, *rest)
+
+    monkeypatch.setattr(validate, "run_control", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        command("--level=nonsense", "--control_seeds=2")
+    assert measured() == ["lines", ("exchanged_answers", 0)]
+    monkeypatch.setattr(validate, "run_control", one)
+    command("--level=nonsense", "--control_seeds=2")
+    assert measured()[0] == ("exchanged_answers", 1)
 
 
 def edited(**change):
