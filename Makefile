@@ -2,7 +2,8 @@
 # make bridge: a dense model, steered by what a circuit of a sparse one says.
 # make figures: the paper's figures on small models, docs/figures.md; make figures ONLY=fig2,fig10.
 # make bench: every ratio of speeds in docs/speed.md.
-# All make .venv first. Each target is redone only when something that it is made from is missing.
+# All make .venv first. Each target is redone only when something that it is made from is missing:
+# data that were prepared anew do not make a finished run train on.
 PYTHON ?= python3
 PY := .venv/bin/python
 DATA := data/tinypython
@@ -50,7 +51,7 @@ $(DATA)/meta.json: | .venv/ready
 	$(PY) $(DATA)/prepare.py
 
 # state.pt exists long before training is done: --resume goes on where it stopped, and `finished` marks the end
-$(OUT)/finished: $(DATA)/meta.json
+$(OUT)/finished: | $(DATA)/meta.json
 	@echo "== 2/4 train configs/demo.toml (5 to 10 minutes on 2 cores; Ctrl-C saves, make demo goes on)"
 	$(PY) train.py --config=configs/demo.toml --out_dir=$(OUT) --resume=true
 	@touch $@
@@ -62,7 +63,7 @@ $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
 bridge: $(STEERED:%=$(BRIDGE)/steer/%/steer.json)
 	@ls $(BRIDGE)/steer/*/steer.*
 
-$(DENSE)/finished: $(DATA)/meta.json
+$(DENSE)/finished: | $(DATA)/meta.json
 	@echo "== 2/5 train configs/demo_dense.toml (about 3 minutes on 2 cores; Ctrl-C saves, make bridge goes on)"
 	$(PY) train.py --config=configs/demo_dense.toml --out_dir=$(DENSE) --resume=true
 	@touch $@

@@ -26,11 +26,16 @@ HALVES = 2  # of the rest awake, where a circuit is judged while it is made: a f
 
 # --- values of another prompt -----------------------------------------------------------------
 
-def donor_of(n: int, lengths: Tensor, generator: torch.Generator) -> int:
-    """A random one of the prompts of n tokens; else of as few more as there are, or of the most."""
-    longer_or_equal = lengths[lengths >= n]
-    nearest = longer_or_equal.min() if len(longer_or_equal) else lengths.max()
-    rows = (lengths == nearest).nonzero().flatten()
+def donor_of(prompt: Tensor, donors: Pairs, generator: torch.Generator) -> int:
+    """The row of a random prompt of `donors` that is another one than `prompt` (n,) and has n
+    tokens; else as few more as there are, or the most."""
+    n = len(prompt)
+    lengths = donors.last + 1
+    itself = (lengths == n) & (donors.ids[:, :n] == prompt[: donors.ids.shape[1]]).all(1)
+    others = lengths.masked_fill(itself, 0)
+    enough = others[others >= n]
+    nearest = enough.min() if len(enough) else others.max()
+    rows = (others == nearest).nonzero().flatten()
     return int(rows[torch.randint(len(rows), (1,), generator=generator)])
 
 
@@ -41,7 +46,9 @@ def donated(model: GPT, pairs: Pairs, donors: Pairs, sites: Iterable[str],
     (2n, T, width), where nodes are held. The last token of a prompt stands against the last one of
     its donor, a random prompt of `donors` that is as long."""
     lengths = donors.last + 1
-    rows = [donor_of(int(n), lengths, generator) for n in pairs.last + 1]
+    rows = []
+    for ids, last in zip(pairs.ids, pairs.last.tolist()):
+        rows.append(donor_of(ids[: last + 1], donors, generator))
     rows = torch.tensor(rows, device=pairs.ids.device)
     seen = {}
     model.run(model.embed(donors.ids[rows]), nodes=record(seen))

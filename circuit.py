@@ -64,7 +64,7 @@ class Circuit:
     # on pairs on which it was not found, and the standard error of that; None = there were none
     loss_apart: float | None = None
     error_apart: float | None = None
-    # nodes, edges and loss apart of every start's circuit, this one among them
+    # nodes, edges and loss apart of every circuit that was tried, this one among them
     starts: list[tuple] | None = None
     # run without AbsTopK, in which channels outside the circuit decide whether its nodes are kept
     standalone: bool = False
@@ -287,7 +287,8 @@ def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
             a = f"{i}.{a}"
             gone = []
             first = 0  # the row of the matrix at which this target's channels begin
-            for b in (f"{i}.{b}" for b in targets):
+            for target in targets:
+                b = f"{i}.{target}"
                 wires = graph.wires[a, b]
                 cut = mask[a][wires.source] & mask[b][wires.to] & ~edges[a, b]
                 gone.append((wires.source[cut], first + wires.to[cut], wires.weight[cut]))
@@ -383,7 +384,9 @@ def _needed(model: GPT, live: Nodes, answers: Sequence[int], edges: Edges | None
             wanted = heads_with(model, keep[site[:-1] + "v"])
         else:
             wanted = torch.zeros_like(live[site])
-            for b in (b for a, b in wires if a == site):
+            for a, b in wires:
+                if a != site:
+                    continue
                 carries = keep[b][wires[site, b].to]
                 if edges is not None:
                     carries = carries & edges[site, b]

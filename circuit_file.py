@@ -20,7 +20,6 @@ from circuit import (FINAL, Circuit, Nodes, ablate, all_edges, count, edges_of, 
                      inverse, without_edges)
 from config import nearest, write_atomic
 from model import GPT, SITES
-from model_files import weights_hash
 from tasks import Pairs, Task, calibrated, loss_of, margins
 
 
@@ -31,6 +30,8 @@ class Found:
     """A circuit that pruning found, and what it takes to measure and describe it."""
     model: GPT
     model_dir: str
+    sha256: str         # of the model's weights, as they were loaded
+    data: str | None    # `fingerprint` of the tokens that the means are of; None where unknown
     task: Task
     tokenizer: object   # with `decode`
     circuit: Circuit
@@ -61,8 +62,9 @@ def content_of(found: Found) -> dict:
         minimal["statement"] = circuit.certificate.statement
     return {
         "format": FORMAT,
-        "model": {"dir": found.model_dir, "sha256": weights_hash(found.model_dir),
+        "model": {"dir": found.model_dir, "sha256": found.sha256,
                   **{key: getattr(model.config, key) for key in shape}},
+        "data": found.data,
         "task": found.task.name, "task_description": found.task.description,
         "task_file": {"path": file.path, "sha256": file.sha256} if file else None,
         "answers": [found.tokenizer.decode([token]) for token in answers],
@@ -76,7 +78,7 @@ def content_of(found: Found) -> dict:
         # sites without a node are left out
         "nodes": {s: m.nonzero().flatten().tolist() for s, m in circuit.mask.items() if m.any()},
         "edges": edges,
-        **stream_ends(model, circuit.mask, found.heldout.ids, answers, found.tokenizer),
+        **stream_ends(model, circuit.mask, found.heldout, answers, found.tokenizer),
         "heads": heads_of(model, circuit.mask),
         # what ablated nodes are held at, at every site, by whatever ablation; of values, `held_at`
         "means": {s: [round(x, 6) for x in c.tolist()] for s, c in found.constants.items()},
@@ -100,9 +102,9 @@ def answers_of(found: Found) -> list[int]:
     return [token for token, _ in asked.most_common()]
 
 
-def stream_ends(model: GPT, mask: Nodes, ids: Tensor, answers: list[int], tokenizer) -> dict:
+def stream_ends(model: GPT, mask: Nodes, pairs: Pairs, answers: list[int], tokenizer) -> dict:
     """Where the circuit's channels start and end: [token id, text, channel, weight] of the
-    embedding (channels that it reads, tokens of the prompts `ids`, largest first) and of the
+    embedding (channels that it reads, tokens of the prompts of `pairs`, largest first) and of the
     answers' unembedding."""
     def entries(matrix: Tensor, ids: Tensor, kinds: tuple[str, ...], most: int) -> list[list]:
         # a read can also have channels of positions, behind those of the stream
@@ -117,11 +119,13 @@ def stream_ends(model: GPT, mask: Nodes, ids: Tensor, answers: list[int], tokeni
         return found
 
     wte, head = model.transformer.wte.weight, model.lm_head.weight
+    place = torch.arange(pairs.ids.shape[1], device=pairs.ids.device)
+    tokens = pairs.ids[place <= pairs.last[:, None]].unique()  # without the padding
     last = (FINAL,) if FINAL in mask else ("resid_delta",)  # what the answers read
     return {
         # a page has room for a dozen
-        "embedding": entries(wte, ids.unique(), ("act_in", FINAL), 12),
-        "unembedding": entries(head, torch.tensor(answers, device=ids.device), last, 12),
+        "embedding": entries(wte, tokens, ("act_in", FINAL), 12),
+        "unembedding": entries(head, torch.tensor(answers, device=tokens.device), last, 12),
     }
 
 
@@ -247,6 +251,10 @@ def _check(c: object) -> None:
         _need(kinds in ([int, int, float], [int, int, type(None)], [int, int, int])
               and 0 <= head[0] < c["model"]["n_layer"] and 0 <= head[1] < c["model"]["n_head"],
               f"head {head} is not [layer, head, logit of the sink]")
+        width = c["model"]["n_head"] * c["model"]["d_head"]
+        for site in (f"{head[0]}.attn.q", f"{head[0]}.attn.k"):
+            _need(len(c["means"].get(site, ())) == width,
+                  f"'means.{site}' has not a number for each of {width} channels")
     for entry in c["embedding"] + c["unembedding"]:
         kinds = [type(x) for x in entry[1:]]
         _need(len(entry) == 4 and kinds in ([str, int, float], [str, int, int]),

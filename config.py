@@ -8,6 +8,7 @@
 - `sole_user`: a directory is one process's.
 """
 import difflib
+import inspect
 import io
 import json
 import math
@@ -20,7 +21,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import NoReturn
 
 try:
@@ -213,6 +214,11 @@ def parse(cls, argv: list[str]):
             wanted = TYPE_NAMES[types[key]]
             die(f"key '{key}' in {where[key]} must be {wanted}, not {value!r}")
 
+    for key, value in values.items():
+        # of a path that is not UTF-8, which no config that we write could hold
+        if isinstance(value, str) and value != value.encode(errors="replace").decode():
+            die(f"key '{key}' in {where[key]} is not UTF-8 text: {value!r}")
+
     cfg = cls(**values)
     complaint = out_of_bounds(cfg)
     if complaint:
@@ -241,14 +247,46 @@ def _read_argv(cls, argv: list[str], types: dict) -> tuple[str | None, list[tupl
     return source, overrides
 
 
+def _allowed(f: Field) -> str:
+    """What a field may hold, for a reader; nothing where that is said by its default."""
+    if "words" in f.metadata:
+        return _or(f.metadata["words"])
+    if any(limit is not None for limit in f.metadata.get("limits", {}).values()):
+        return _range(**f.metadata["limits"])
+    return ""
+
+
+def _comments(cls) -> dict[str, str]:
+    """What stands behind the fields of a dataclass in its source: {field: comment}."""
+    found = {}
+    for c in reversed(cls.__mro__[:-1]):  # `object` has no source
+        try:
+            lines = inspect.getsource(c).splitlines()
+        except (OSError, TypeError):  # typed into a console
+            continue
+        for line in lines:
+            behind = re.match(r" {4}(\w+): [^#]*# (.*)", line)
+            if behind:
+                found[behind[1]] = behind[2]
+    return found
+
+
 def _print_help(cls) -> None:
     print(sys.modules[cls.__module__].__doc__)
     print("Options (and keys of the TOML file), with their defaults:")
+    comments = _comments(cls)
     for f in fields(cls):
         default = f.default
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
-        print(f"  --{f.name}={default}")
+        elif isinstance(default, bool):  # as it is written
+            default = str(default).lower()
+        line = f"  --{f.name}={default}"
+        comment = comments.get(f.name, "")
+        allowed = _allowed(f)
+        if comment and allowed:
+            comment += f" ({allowed})"
+        print(f"{line:35} {comment or allowed}".rstrip())
 
 
 def read_toml(path: str) -> dict:

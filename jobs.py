@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -415,6 +416,10 @@ def prepare_directory(run: Run, start: int) -> None:
         remove_leftovers(cfg.out_dir)
         for kept in glob.glob(os.path.join(glob.escape(cfg.out_dir), "step_*", "")):
             remove_leftovers(kept)
+            step = os.path.basename(os.path.dirname(kept)).removeprefix("step_")
+            # of a run before this one, or a step that will come once more
+            if step.isdecimal() and int(step) > start:
+                shutil.rmtree(kept)
         write_atomic(os.path.join(cfg.out_dir, "train.toml"), to_toml(cfg).encode())
         trim_log(run.log_path, start)
     except OSError as e:

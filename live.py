@@ -140,7 +140,8 @@ class LiveMap:
         None."""
         varies = live
         if k is not None:  # outputs that vary compete with the live ones
-            varies = live.index_put((wires.to[chosen],), torch.ones_like(live[:1]))
+            varies = live.clone()
+            varies[wires.to[chosen]] = True
         chosen = chosen & varies[wires.to]
         column = given.cumsum(0)[wires.source[chosen]] - 1
         row = varies.cumsum(0)[wires.to[chosen]] - 1

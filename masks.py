@@ -97,7 +97,7 @@ class Gates:
 
 
 def first_taus(gates: Gates, cfg: MaskConfig, generator: torch.Generator) -> Tensor:
-    """Where learning begins, (n_parameters,): all open, some wider than others."""
+    """Where learning begins, (n_parameters,): open, some wider than others, one in 700 shut."""
     noise = torch.randn(gates.n_parameters, generator=generator)
     tau = (noise * cfg.init_noise_scale + cfg.init_noise_bias).clamp(-1, 1)
     return tau.to(gates.index.device)
@@ -169,9 +169,8 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
             tau.clamp_(-1, 1)
         if (step + 1) % 25 == 0:  # a line every few seconds
             say(progress(step, cfg, loss, int(gate.sum()), clock))
-    if best is None or not max(means.values()) > target:
-        best = tau.detach()
-    return best
+    ended_whole = max(means.values()) <= target
+    return tau.detach() if ended_whole or best is None else best
 
 
 def progress(step: int, cfg: MaskConfig, loss: float, n_open: int, clock: float) -> str:
@@ -247,9 +246,10 @@ def gate_gradient(run: Forward, pairs: Pairs, gates: Gates, gate: Tensor) -> tup
 
 
 def attribution(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates) -> Tensor:
-    """|gradient x (activation - constant)| of the task loss, summed over prompts and positions, of
-    each gate's nodes, (n_parameters,): the first-order effect of ablating them. It breaks ties
-    between equal taus."""
+    """|sum of gradient x (activation - constant)| over prompts and positions, of the task loss and
+    of each gate's nodes, (n_parameters,): the first-order effect of ablating them. Prompts that
+    pull in opposite directions cancel, as they do in the loss. It breaks ties between equal taus.
+    """
     # where a gate is 1, the loss's derivative by it is gradient x (activation - constant)
     gate = torch.ones(len(gates.index), device=gates.index.device)
     run = partial(run_at, model, constants)

@@ -114,6 +114,8 @@ class GPTConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.d_pos_emb is not None and self.d_pos_emb < 1:
+            raise ValueError(f"d_pos_emb must be at least 1, or null, not {self.d_pos_emb}")
         self._check_name("residual_activation_type", ("identity", "relu"))
         self._check_name("activation_type", ("gelu", "relu"))
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:

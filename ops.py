@@ -130,7 +130,7 @@ def keep_largest_(p: Tensor, k: int, j: int = 0, neuron_axis: int | None = None)
     Exactly k stay, ties to the lower index, where `p` has as many nonzeros. With j > 0, `p` is a
     matrix and `neuron_axis`, 0 or 1, the axis that counts its neurons, of which there are at most
     k / j (`optim.project_` lowers j to that). Does not wait for a CUDA device. ValueError where k
-    or j is no such number.
+    or j is negative, or more than there are.
     """
     _check(k, p.numel())
     if j != 0:

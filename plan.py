@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from model import GPT, GPTConfig
 from optim import kind_of, nonzeros_of
+from tokens import LARGEST_TABLE
 
 CARDS = (24, 40, 80, 141)  # GB of memory on the usual ones
 SPARE = 1.5  # GB of a card that its driver, PyTorch's kernels and fragments take
@@ -107,7 +108,8 @@ def memory(cfg, model: GPT, rows: int, checkpointing: bool) -> Memory:
     tokens = rows * c.block_size
     n = learnt(model)
     weights = FLOAT * sum(t.numel() for t in model.state_dict().values())
-    weights += FLOAT * c.vocab_size**2  # the counted bigram table that evaluation compares with
+    if c.vocab_size <= LARGEST_TABLE:  # the counted bigram table that evaluation compares with
+        weights += FLOAT * c.vocab_size**2
     optimizer = 2 * FLOAT * n
 
     block = model.transformer.h[0]

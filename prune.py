@@ -3,10 +3,10 @@
 - Means of every node over pretraining data; nodes outside the circuit are held at their mean.
 - A ranking of the nodes by learned masks (masks.py, paper A.5), from several seeds; or by
   attribution, to compare with (Fig. 31).
-- Bisection for the fewest leading nodes that meet the target; with --minimal, minimise.py leaves
-  no node or edge more than that needs. Then what the starts found is joined, and made minimal on
-  more pairs; of all these circuits the smallest counts that also holds on pairs set apart. What
-  circuit_file.py measures goes into the file.
+- Bisection for the fewest leading nodes that meet the target (paper A.5). Or, with --minimal, from
+  twice the nodes whose gates are open, minimise.py leaves out single nodes and edges; then what the
+  starts found is joined, and made minimal on more pairs. Of all these circuits the smallest counts
+  that also holds on pairs set apart. What circuit_file.py measures goes into the file.
 
     python prune.py --model=out/demo --task=single_double_quote
     python prune.py --model=out/demo --task=all --minimal --jobs=2
@@ -16,10 +16,13 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, one_of, parse
@@ -41,7 +44,7 @@ from model_files import weights_hash
 from search import Search
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of,
                    margins, rows_at_once, task_of)
-from tokens import check_tokenizer, random_windows, window_of
+from tokens import check_tokenizer, fingerprint, random_windows, read_side, window_of
 
 # The search aims this far below the target on the pairs that it looks at, so that others meet it
 # too; and further where pairs set apart say that this was not enough.
@@ -114,6 +117,33 @@ def constants_of(model: GPT, cfg: PruneConfig) -> Nodes:
         return node_means(model, path, cfg.mean_tokens, cfg.seed, window=window)
     zeros = model.lm_head.weight.new_zeros
     return {site: zeros(model.config.site_width(site)) for site in model.sites}
+
+
+class Loaded(NamedTuple):
+    """What is pruned, and by what its files are known again."""
+    model: GPT
+    tokenizer: object
+    constants: Nodes
+    sha256: str       # of the model's weights
+    data: str | None  # of the tokens that the means are of; None where these are zeros
+
+
+def load(cfg: PruneConfig) -> Loaded:
+    """The model, its tokenizer and what ablated nodes are held at. ValueError or OSError, in one
+    line, where one of them cannot be had."""
+    # first: while a search takes its time, a run may save other weights under the same name
+    sha256 = weights_hash(cfg.model)
+    data = data_hash(cfg)
+    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
+    return Loaded(model, tokenizer, constants_of(model, cfg), sha256, data)
+
+
+def data_hash(cfg: PruneConfig) -> str | None:
+    """The `fingerprint` of the data of the means; None where nodes are held at zero."""
+    if cfg.ablation != "mean":
+        return None
+    path = os.path.join(cfg.data, "train.bin")
+    return fingerprint(read_side(path, config_of(cfg.model).vocab_size))
 
 
 def varied_for(cfg: PruneConfig, model: GPT, whole: GPT, constants: Nodes,
@@ -303,13 +333,19 @@ def join(search: Search, circuits: list[Circuit], aim: float, cfg: PruneConfig,
 
 
 def with_loss_apart(search: Search, circuit: Circuit, apart: Pairs | None) -> Circuit:
-    """A circuit with its loss on pairs that it was not found on, and that loss's standard error."""
+    """A circuit with its loss on pairs that it was not found on, and that loss's standard error.
+    With varied ablation it is the highest under any of them, as on the pairs that it was found on:
+    on as many."""
     if apart is None:
         return circuit
     margin = alone(search.model, circuit, search.constants)(apart)
     losses = F.softplus(-calibrated(margin, circuit.scale, circuit.shift))
+    losses = losses.view(-1, 2).mean(1)  # the two prompts of a pair are not independent
     error = losses.std().item() / math.sqrt(len(losses))
-    return replace(circuit, loss_apart=losses.mean().item(), error_apart=error)
+    loss = losses.mean().item()
+    if search.varied is not None:
+        loss = max(loss, search.varied.worst(circuit, apart.first(len(search.quarter))))
+    return replace(circuit, loss_apart=loss, error_apart=error)
 
 
 def holds(circuit: Circuit, target: float) -> bool:
@@ -321,13 +357,13 @@ def holds(circuit: Circuit, target: float) -> bool:
     return circuit.loss_apart <= target and not by_luck
 
 
-def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
-          say=print) -> Iterator[dict]:
+def prune(loaded: Loaded, task: Task, cfg: PruneConfig, say=print) -> Iterator[dict]:
     """Find, then measure and describe: the content of circuit.json for each target loss.
 
     ValueError, before anything is looked for, where the model fails the task; and where no circuit
     meets a target.
     """
+    model, tokenizer, constants, sha256, data = loaded
     device = model.lm_head.weight.device
     T = model.config.block_size
     n = cfg.train_pairs + cfg.apart_pairs
@@ -341,9 +377,9 @@ def prune(model: GPT, task: Task, tokenizer, cfg: PruneConfig, constants: Nodes,
             raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} "
                              "training pairs; raise --target_loss")
         yield content_of(Found(
-            model=model, model_dir=cfg.model, task=task, tokenizer=tokenizer, circuit=circuit,
-            constants=constants, target_loss=target, train=train, heldout=heldout,
-            settings=settings_in_file(cfg)))
+            model=model, model_dir=cfg.model, sha256=sha256, data=data, task=task,
+            tokenizer=tokenizer, circuit=circuit, constants=constants, target_loss=target,
+            train=train, heldout=heldout, settings=settings_in_file(cfg)))
 
 
 def sized(cfg: PruneConfig, task: Task, pairs: Pairs, heldout: Pairs, say=print) -> PruneConfig:
@@ -386,11 +422,31 @@ def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: Prun
 
 def check_prune(cfg: PruneConfig) -> None:
     """ValueError, in one line, for what bounds beside the fields cannot say."""
+    name = cfg.task
     if cfg.task != "all":
-        task_of(cfg.task)  # a file is read before a model is loaded that may take far longer
+        # a file is read before a model is loaded that may take far longer
+        task = task_of(cfg.task)
+        name = task.name
+        if task.file is not None and name in TASKS:
+            raise ValueError(f"the circuit of {cfg.task} would take the place of that of the task "
+                             f"{name}; give the file another name")
+    paths = [path_of(cfg, name, target) for target in cfg.target_loss]
+    if len(set(paths)) < len(paths):
+        raise ValueError("two of the targets would share a folder; leave one out")
+    check_writable(paths[0])
     device_of(cfg.device)
     if cfg.fit_pairs > cfg.train_pairs:
         raise ValueError(f"fit_pairs {cfg.fit_pairs} exceeds train_pairs {cfg.train_pairs}")
+
+
+def check_writable(path: str) -> None:
+    """OSError where no file can be made at a path whose folder may not be there yet: not after an
+    hour's search."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def settings_in_file(cfg: PruneConfig) -> dict:
@@ -409,16 +465,21 @@ def path_of(cfg: PruneConfig, task: str, target: float) -> str:
 
 
 def already_pruned(cfg: PruneConfig, task: str) -> list[dict] | None:
-    """The circuits of a task that an earlier run with the same settings and weights has left."""
+    """The circuits of a task that an earlier run with the same settings, weights and data has left.
+    """
     # through JSON, as in a file: a tuple is a list there
     wanted = json.loads(json.dumps(settings_in_file(replace(cfg, task=task))))
     try:
         circuits = [read_circuit(path_of(cfg, task, target)) for target in cfg.target_loss]
         sha256 = weights_hash(cfg.model)
+        data = data_hash(cfg)
     except (OSError, ValueError):  # missing or damaged
         return None
-    same = all(c["settings"] == wanted and c["model"]["sha256"] == sha256 for c in circuits)
-    return circuits if same else None
+    for circuit in circuits:
+        other_data = circuit.get("data", data) != data  # older files do not say of which they are
+        if circuit["settings"] != wanted or circuit["model"]["sha256"] != sha256 or other_data:
+            return None
+    return circuits
 
 
 def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> list[dict]:
@@ -426,14 +487,12 @@ def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> l
 
     ValueError or OSError, in one line, where that cannot be done.
     """
-    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
     its_pairs = task_of(task)
     name = its_pairs.name  # the folder of its circuit, also where the pairs are in a file
     say(f"pruning {cfg.model} to the circuit of {name}; "
         f"means over {cfg.mean_tokens} pretraining tokens")
-    constants = constants_of(model, cfg)
     circuits = []
-    for circuit in prune(model, its_pairs, tokenizer, replace(cfg, task=task), constants, say):
+    for circuit in prune(load(cfg), its_pairs, replace(cfg, task=task), say):
         path = path_of(cfg, name, circuit["target_loss"])
         write_circuit(path, circuit)
         say(f"{name}: {circuit['n_nodes']} nodes, {circuit['n_edges']} edges\n"

@@ -424,7 +424,8 @@ class TasksConfig:
 
 def show(task: Task, tokenizer, seed: int) -> None:
     """Print two pairs of a task, a bar between tokens; of a file also how many it has."""
-    print(f"\n\n=== {task.name}: {task.description}{' (the last tokens tell)' * task.local}")
+    hint = " (the last tokens tell)" if task.local else ""
+    print(f"\n\n=== {task.name}: {task.description}{hint}")
     if task.file is None:
         pairs = load_pairs(task, tokenizer, 2, "train", 256, seed)
     else:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Above so many tokens the counted bigram table takes gigabytes: evaluation then does without.
+LARGEST_TABLE = 8192
 PREPARE = "run python data/tinypython/prepare.py"
 PUBLISHED_WINDOW = 256  # what the published models were trained on, whatever they could take
 WINDOWS_A_BATCH = 32  # of `random_windows`: few enough for a large model on a laptop
@@ -143,6 +145,20 @@ def read_data(folder: str, block_size: int) -> tuple[Tokens, Tokens, dict]:
     return train, val, meta
 
 
+def read_side(path: str, vocab_size: int) -> Tokens:
+    """The tokens of one file, or of its shards. ValueError as of `read_tokens`, and where it is
+    shorter than the meta.json beside it says."""
+    folder, name = os.path.split(path)
+    meta_path = os.path.join(folder, "meta.json")
+    meta = None
+    if name in ("train.bin", "val.bin") and os.path.exists(meta_path):
+        meta = _read_meta(meta_path)
+    data = read_tokens(path, vocab_size, meta)
+    if meta is not None:
+        _check_count(folder, name.removesuffix(".bin"), len(data), meta)
+    return data
+
+
 def vocab_of(folder: str) -> int:
     """The number of tokens that the data of `folder` know. ValueError where there are none."""
     return _read_meta(os.path.join(folder, "meta.json"))["vocab_size"]
@@ -228,17 +244,10 @@ def random_windows(
     """About `n_tokens` tokens of a file, or of its shards, as batches of ids, (up to 32,
     block_size) int64.
 
-    Windows start anywhere and may overlap. ValueError as of `read_tokens`, and where the file is
-    shorter than a window, or than the meta.json beside it says.
+    Windows start anywhere and may overlap. ValueError as of `read_side`, and where the file is
+    shorter than a window.
     """
-    folder, name = os.path.split(path)
-    meta_path = os.path.join(folder, "meta.json")
-    meta = None
-    if name in ("train.bin", "val.bin") and os.path.exists(meta_path):
-        meta = _read_meta(meta_path)
-    data = read_tokens(path, vocab_size, meta)
-    if meta is not None:
-        _check_count(folder, name.removesuffix(".bin"), len(data), meta)
+    data = read_side(path, vocab_size)
     if len(data) < block_size:
         raise ValueError(
             f"{path} has {len(data)} tokens, fewer than one block of {block_size}; "
@@ -279,8 +288,8 @@ def count_bigrams(ids, vocab: int) -> np.ndarray:
     return counts.reshape(vocab, vocab)
 
 
-def read_bigrams(folder: str, meta: dict) -> np.ndarray | None:
-    """`count_bigrams` of train as prepare.py left it, or None where it left none.
+def read_bigrams(folder: str, meta: dict, n: int) -> np.ndarray | None:
+    """`count_bigrams` of the n tokens of train as prepare.py left it, or None where it left none.
 
     ValueError where the file is not the one that belongs to these data.
     """
@@ -288,7 +297,6 @@ def read_bigrams(folder: str, meta: dict) -> np.ndarray | None:
         return None
     path = os.path.join(folder, str(meta["bigrams"]))
     vocab = meta["vocab_size"]
-    n = sum(shard["tokens"] for shard in _listed(meta, "train", folder))
     try:
         counts = np.load(path)
     except (OSError, ValueError, EOFError) as e:

@@ -36,7 +36,8 @@ from jobs import (Job, Run, Saver, agree_to_stop, catch_signals, leave, meet, ot
 from model import GPT, SITES, GPTConfig, device_of
 from optim import L0AdamW, density_at, lr_factor_at, param_groups, scale_rms_
 from plan import text_of_plan
-from tokens import bigram_log_probs, inputs_and_targets, read_bigrams, read_data, vocab_of
+from tokens import (LARGEST_TABLE, bigram_log_probs, inputs_and_targets, read_bigrams, read_data,
+                    vocab_of)
 
 
 @dataclass
@@ -103,8 +104,6 @@ CPP_COMPILERS = ("g++", "clang++", "c++")  # what torch.compile looks for
 COUNTED = ("counts", "refined")  # bigram tables that start from the data's counts
 BESIDE = ("concat", "sinusoids")  # positions that stand beside each read
 TINYPYTHON_VOCAB = 2048  # of our tokenizer and of the published models
-# Above so many tokens the counted bigram table takes gigabytes: evaluation then does without.
-LARGEST_TABLE = 8192
 
 def of_the_family(cfg: TrainConfig) -> TrainConfig:
     """With the widths and densities that `expansion` and `pfrac` stand for, where given."""
@@ -114,8 +113,16 @@ def of_the_family(cfg: TrainConfig) -> TrainConfig:
         die(f"expansion {cfg.expansion} and pfrac {cfg.pfrac} name no model: give both, and pfrac "
             "at most as large as expansion")
     e = cfg.expansion
-    return replace(cfg, d_model=256 * e, n_head=0, d_mlp=0, density=cfg.pfrac / e**2,
-                   embed_density=cfg.pfrac / e)
+    meant = dict(d_model=256 * e, n_head=0, d_mlp=0, density=cfg.pfrac / e**2,
+                 embed_density=cfg.pfrac / e)
+    defaults = TrainConfig()
+    for key, value in meant.items():
+        given = getattr(cfg, key)
+        # a train.toml that a run has written gives both, and they agree
+        if given not in (value, getattr(defaults, key)):
+            die(f"expansion {e} and pfrac {cfg.pfrac} stand for {key} {value}, but {key} is "
+                f"{given}; leave it out, or give no expansion and pfrac")
+    return replace(cfg, **meant)
 
 
 def check_run(cfg: TrainConfig, world: int) -> None:
@@ -142,7 +149,7 @@ def begin(cfg: TrainConfig) -> Run:
     try:
         device = device_of(cfg.device)
         train, val, meta = read_data(cfg.data_dir, cfg.block_size)
-        counts = read_bigrams(cfg.data_dir, meta)  # None where they are still to be counted
+        counts = read_bigrams(cfg.data_dir, meta, len(train))  # None: still to be counted
     except ValueError as e:
         die(e)
     if cfg.bigram in COUNTED and meta["vocab_size"] > LARGEST_TABLE:

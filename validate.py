@@ -241,10 +241,10 @@ def card_text(content: dict) -> str:
         beside = f"{line.beside} {show(v.get(line.beside_key))}"
         note = f"   ({line.note})" if line.note else ""
         rows.append(f"  {line.name:20} {show(v[line.key]):>6}   {beside}{note}")
-    for key, of_key in runs.items():
-        for run in of_key:
+    for key, control in CONTROLS.items():
+        for run in runs.get(key, []):
             met = "met" if run["met"] else "not met"
-            rows.append(f"  {CONTROLS[key].name:22} {show(run['loss']):>6}   {met} with "
+            rows.append(f"  {control.name:22} {show(run['loss']):>6}   {met} with "
                         f"{run['nodes']} nodes, {run['edges']} edges; at {v['n_edges']} edges "
                         f"{show(run['loss_at_size'])}; held out {show(run['loss_heldout'])}")
     rows.append(f"  {v['verdict']}")
@@ -352,7 +352,7 @@ def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict
     runs = card.get("controls", {}) if same_controls else {}
     if cfg.again and cfg.controls:
         runs = {key: of_key for key, of_key in runs.items()
-                if cfg.level not in ("all", CONTROLS[key].level)}
+                if cfg.level != "all" and key in CONTROLS and CONTROLS[key].level != cfg.level}
 
     missing = missing_controls(runs, cfg.control_seeds, cfg.level) if cfg.controls else []
     whole = same_lines and {"verdict", *(line.key for line in LINES)} <= card.keys()

@@ -19,7 +19,8 @@ Notable features:
   on which it is on, and examples from the data with what stands around them.
 - Where tools.program left program.py beside circuit.json: the program, each line lit with its node.
 - Two circuits: what both have, and what only one of them has, by colour, dash and letter.
-- Bad input is one line on stderr and exit status 2, and nothing is written.
+- Bad input is one line on stderr and exit status 2, and nothing is written. What lies beside a
+  circuit and does not fit it is left out, and a line says so.
 
 The page itself is view.html, and how a graph is laid out and drawn is in graph.js, which other
 pages use as well; this script makes one file of them, a title and the circuits.
@@ -31,6 +32,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from circuit_file import read_circuit
@@ -259,19 +261,26 @@ def load(path: Path) -> dict:
     (`described`), or None. Ends in one line on stderr where that cannot be shown."""
     try:
         circuit = read_circuit(str(path))
-        beside = program_path(path)
-        program = read_program(beside, circuit) if beside else None
     except OSError as e:
         die(f"cannot read {path}: {e.strerror}; give the circuit.json that prune.py wrote")
     except ValueError as e:
         die(e)
 
-    try:
-        described = read_nodes(nodes_path(path), circuit)
-    except ValueError as e:  # it is beside the matter: the circuit can be shown without
-        print(f"view.py: {e}; the page is without it", file=sys.stderr)
-        described = None
+    described = read_beside(read_nodes, nodes_path(path), circuit)
+    program = read_beside(read_program, program_path(path), circuit)
     return circuit | {"path": str(path), "described": described, "program": program}
+
+
+def read_beside(read: Callable, path: Path | None, circuit: dict):
+    """What `read` makes of a file beside a circuit's; None, and a line on stderr, where that is of
+    another circuit or damaged: the circuit can be shown without."""
+    if path is None:
+        return None
+    try:
+        return read(path, circuit)
+    except ValueError as e:
+        print(f"view.py: {e}; the page is without it", file=sys.stderr)
+        return None
 
 
 def main(argv: list[str]) -> int:

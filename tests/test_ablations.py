@@ -13,7 +13,7 @@ from measures import Case, frozen_norms, resample_task
 from minimise import minimise
 from search import Search
 from tasks import last_logits
-from toy import (TOY, Digits, all_edges, all_nodes, hand_made, parallel_model, random_model, toy_pairs, toy_setup)
+from toy import (TOY, Digits, all_edges, all_nodes, hand_made, loaded, parallel_model, random_model, toy_pairs, toy_setup)
 
 
 def setup(tmp_path, model):
@@ -123,7 +123,7 @@ def test_prune_learns_and_judges_under_varied_ablation(tmp_path):
     model, cfg, constants = toy_setup(tmp_path, parallel_model(), steps=80, fit_pairs=200, join_pairs=200, target_loss=(0.45,))
     found = {}
     for kind in (False, True):
-        (c,) = prune.prune(model, TOY, Digits(), replace(cfg, varied=kind), constants, lambda *_: None)
+        (c,) = prune.prune(loaded(model, cfg, constants), TOY, replace(cfg, varied=kind), lambda *_: None)
         circuit, means = circuit_of(c, model)
         case = Case(model, TOY, Digits(), circuit, means, cfg, toy_pairs(256), toy_pairs(100, "heldout"), "", 0)
         found[kind] = c["n_edges"], resample_task(case)["resample_task"]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
+from prune import PruneConfig
 from config import bounded, die, one_of, parse, sole_user, to_toml, write_atomic
 
 
@@ -153,7 +154,20 @@ def test_help_lists_every_key_and_exits_0(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Toy, ["--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{k}={v}" in out for k, v in asdict(Toy()).items())
+    assert stop.value.code == 0 and all(f"--{k}={v}" in out for k, v in asdict(Toy(flag="false")).items())
+
+
+def test_help_shows_what_a_key_means_and_what_it_may_be(capsys):
+    with pytest.raises(SystemExit):
+        parse(PruneConfig, ["--help"])
+    out = capsys.readouterr().out
+    assert "--ablation=mean                   what a node outside the circuit is held at (mean or zero)\n" in out
+    assert "--tie_qk=false                    one gate for a query channel" in out  # of the class that it extends
+    assert "--warmup=0.05                     share of the steps\n" in out and "--seed=0                          at least 0\n" in out
+
+
+def test_a_path_that_is_not_utf_8_is_one_line(capsys):
+    assert "'name'" in refused(capsys, ["--name=/tmp/\udcff"])
 
 
 def test_die_prints_one_line_on_stderr_and_exits_2(capsys):

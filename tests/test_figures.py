@@ -442,11 +442,11 @@ def test_a_dense_run_within_the_margin_is_matched_and_no_other(lab, monkeypatch)
 def test_prunings_that_were_interrupted_go_on(lab, monkeypatch, capsys):
     done = []
 
-    def counted(model, task, tokenizer, cfg, *args):
+    def counted(loaded, task, cfg, *args):
         if len(done) == 1 and not capsys.readouterr().out.count("again"):
             raise KeyboardInterrupt
         done.append(cfg.model)
-        return prune(model, task, tokenizer, cfg, *args)
+        return prune(loaded, task, cfg, *args)
 
     monkeypatch.setattr(figures_lab, "prune", counted)
     wanted = [lab.pruning_of(run, "toy", AIM, "paper") for run in ("sparse0", "sparse1")]

@@ -9,9 +9,10 @@ import torch
 
 import plan
 import train
-from config import parse
+from config import parse, to_toml
 from model import GPT
 from optim import L0AdamW, param_groups
+from tokens import LARGEST_TABLE
 from tools import bench_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,29 @@ def test_planning_the_largest_model_takes_no_memory_and_writes_nothing(tmp_path)
     assert int(most) < 1_000_000  # KiB: of 1.6B parameters, 6.4 GB, nothing was made
     assert "for a vocabulary of 2048 tokens" in lines[0]
     assert any(line.startswith("memory of each of 8 process(es), 64 sequences") for line in lines)
+
+
+def test_a_name_of_the_family_and_another_width_are_refused(tmp_path, capsys):
+    named = ["--expansion=1", "--pfrac=1"]
+    for option in ("--d_model=64", "--density=0.5", "--n_head=2"):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*named, option, "--plan"])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and option.removeprefix("--").split("=")[0] in err
+    # what a run has written names both, and they agree
+    (tmp_path / "train.toml").write_text(to_toml(config(*named)))
+    assert config(f"--config={tmp_path}/train.toml") == config(*named)
+
+
+def test_of_a_large_vocabulary_no_counted_table_is_planned():
+    """Evaluation makes none: of 50,257 tokens it would be 10 GB."""
+    cfg = config("--d_model=32", "--bigram=none")
+    weights = []
+    for vocab in (LARGEST_TABLE, LARGEST_TABLE + 1):
+        with torch.device("meta"):
+            model = GPT(train.model_config(cfg, vocab))
+        weights.append(plan.memory(cfg, model, 4, False).weights)
+    assert weights[0] - weights[1] > 0.99 * 4 * LARGEST_TABLE**2
 
 
 @pytest.mark.parametrize("options", [["--expansion=4"], ["--pfrac=1"], ["--expansion=2", "--pfrac=3"]], ids=str)

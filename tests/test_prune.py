@@ -16,17 +16,19 @@ import pytest
 import torch
 
 import prune
+from ablations import Varied
 from data import workers
 from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
 from circuit_file import circuit_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from model import GPT, GPTConfig, record
+from model_files import weights_hash
 from search import Search
 from masks import Gates, attribution, learn_masks, mend_
 from prune import SLACKS, node_means
 from tasks import TASKS, Task, margins, task_loss
 from tokens import random_windows
-from toy import (CIRCUIT, SHAPE, TOY, TOY_EDGES, Digits, all_nodes, as_mask, best_fit, hand_made, kept_of, nats, one_thread,  # noqa: F401
+from toy import (CIRCUIT, SHAPE, TOY, TOY_EDGES, Digits, all_nodes, as_mask, best_fit, hand_made, kept_of, loaded, nats, one_thread,  # noqa: F401
                  parallel_model, plain_margins, random_model, scaled, toy_circuit, toy_circuits, toy_pairs, toy_prompts,
                  toy_setup, without_afrac)
 
@@ -201,7 +203,7 @@ def test_a_reader_of_the_file_alone_gets_the_same_losses(tmp_path):
     for ablation in ("mean", "zero"):
         model, cfg, means = toy_setup(tmp_path, ablation=ablation)
         constants = {s: (0 if ablation == "zero" else 1) * m for s, m in means.items()}
-        (c,) = json.loads(json.dumps(list(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None))))
+        (c,) = json.loads(json.dumps(list(prune.prune(loaded(model, cfg, constants), TOY, cfg, lambda *_: None))))
         heldout, v = toy_pairs(100, "heldout"), c["validation"]
         kept = scaled(read(model, c, heldout), c["logit_scale"], c["logit_shift"])
         assert c["loss_heldout"] == v["sufficiency"] == pytest.approx(nats(kept), abs=2e-4)
@@ -283,7 +285,7 @@ def test_fewer_heldout_pairs_than_examples_still_give_a_circuit(tmp_path):
 def test_an_unsolved_task_is_an_error_that_says_so(tmp_path):
     model, cfg, constants = toy_setup(tmp_path, random_model(std=0.01))
     with pytest.raises(ValueError, match="does not solve toy"):
-        list(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None))
+        list(prune.prune(loaded(model, cfg, constants), TOY, cfg, lambda *_: None))
 
 
 def test_whether_a_model_solves_a_task_is_seen_on_heldout_pairs_calibrated_on_training_ones(tmp_path):
@@ -294,7 +296,7 @@ def test_whether_a_model_solves_a_task_is_seen_on_heldout_pairs_calibrated_on_tr
     at_best = nats(scaled(heldout, *train))
     assert at_best - nats(scaled(heldout, *best_fit(heldout))) > 0.005 and at_best < nats(heldout)  # else the test could not tell
     with pytest.raises(ValueError) as error:
-        list(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None))
+        list(prune.prune(loaded(model, cfg, constants), TOY, cfg, lambda *_: None))
     said = re.search(r"loss ([\d.]+) nats held out \(([\d.]+) calibrated\)", str(error.value))
     assert [float(x) for x in said.groups()] == pytest.approx([nats(heldout), at_best], abs=2e-3)
 
@@ -303,7 +305,7 @@ def test_a_loss_that_is_not_a_number_solves_nothing(tmp_path):
     model, cfg, constants = toy_setup(tmp_path)
     model.lm_head.weight[2, 3] = math.nan
     with pytest.raises(ValueError, match="does not solve toy"):
-        list(prune.prune(model, TOY, Digits(), cfg, constants, lambda *_: None))
+        list(prune.prune(loaded(model, cfg, constants), TOY, cfg, lambda *_: None))
 
 
 # --- several targets, attribution, minimal ---------------------------------------------------------
@@ -388,9 +390,9 @@ def test_there_is_no_certificate_where_every_removal_would_be_refused(tmp_path):
     """No set of nodes is missed by 3 nats: to leave nothing out for that reason says nothing."""
     said = []
     model, cfg, constants = toy_setup(tmp_path, minimal=True, necessity=3.0)
-    (c,) = list(prune.prune(model, TOY, Digits(), cfg, constants, said.append))
+    (c,) = list(prune.prune(loaded(model, cfg, constants), TOY, cfg, said.append))
     assert c["validation"]["minimal"] == {"certified": False} and any("not minimised" in line and "3.0 nats" in line for line in said)
-    (c,) = list(prune.prune(model, TOY, Digits(), replace(cfg, necessity=0.3), constants, said.append))
+    (c,) = list(prune.prune(loaded(model, cfg, constants), TOY, replace(cfg, necessity=0.3), said.append))
     assert c["validation"]["minimal"]["certified"] and "less than 0.3 nats" in c["validation"]["minimal"]["statement"]
 
 
@@ -460,11 +462,64 @@ def test_a_loss_on_pairs_set_apart_is_plain_sums_and_its_error_shrinks_with_them
         margin = scaled(plain_margins(model, circuit.mask, circuit.edges, constants, apart), circuit.scale, circuit.shift)
         losses = torch.nn.functional.softplus(-margin)
         assert got.loss_apart == pytest.approx(losses.mean().item(), abs=1e-5)
-        assert got.error_apart == pytest.approx(losses.std().item() / (2 * n) ** 0.5, rel=1e-4)
+        of_pairs = losses.view(n, 2).mean(1)  # whose two prompts are not independent
+        assert got.error_apart == pytest.approx(of_pairs.std().item() / n ** 0.5, rel=1e-4)
     assert prune.with_loss_apart(search, circuit, None) is circuit and prune.holds(circuit, 0.0)
 
 
+def test_a_varied_circuit_is_judged_on_pairs_set_apart_by_its_worst_ablation(tmp_path):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model())
+    plain = Search(model, constants, toy_pairs(24))
+    varied = Search(model, constants, toy_pairs(24), varied=Varied(model, model, constants, toy_pairs(64)))
+    circuit = plain.fit({**all_nodes(model), "0.attn.v": torch.arange(6) < 2}, all_edges(model))
+    apart = toy_pairs(40, "heldout")
+    at_means = prune.with_loss_apart(plain, circuit, apart).loss_apart
+    worst = varied.varied.worst(circuit, apart.first(len(varied.quarter)))
+    assert worst > at_means + 0.01
+    assert prune.with_loss_apart(varied, circuit, apart).loss_apart == pytest.approx(worst)
+
+
 # --- the command ----------------------------------------------------------------------------------------
+
+def test_a_circuit_is_known_by_the_weights_and_data_that_it_was_found_with(tmp_path, monkeypatch):
+    model, cfg, _ = toy_setup(tmp_path)
+    monkeypatch.setitem(TASKS, "toy", TOY)
+    monkeypatch.setattr("tasks.load_tokenizer", lambda path: Digits())
+    find = prune.find
+
+    def slow(*args):  # meanwhile a training run saves
+        random_model(vocab_size=10, block_size=8).save(str(tmp_path))
+        yield from find(*args)
+
+    before = weights_hash(str(tmp_path))
+    monkeypatch.setattr(prune, "find", slow)
+    (circuit,) = prune.prune_task(cfg, "toy", lambda text: None)
+    assert circuit["model"]["sha256"] == before != weights_hash(str(tmp_path))
+    assert prune.already_pruned(cfg, "toy") is None
+    model.save(str(tmp_path))
+    assert prune.already_pruned(cfg, "toy") == json.loads(json.dumps([circuit]))
+    np.random.default_rng(1).integers(0, 10, 4000).astype("<u2").tofile(tmp_path / "train.bin")
+    assert prune.already_pruned(cfg, "toy") is None  # its means are of other data
+    path = tmp_path / "toy" / "circuit.json"
+    old = json.loads(path.read_text())
+    del old["data"]  # as files were before they said so
+    path.write_text(json.dumps(old))
+    assert prune.already_pruned(cfg, "toy") == [old]
+
+
+def test_what_cannot_be_written_is_said_before_the_search(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prune, "load", lambda cfg: pytest.fail("it was loaded"))
+    (tmp_path / "file").write_text("")
+    pairs = tmp_path / "with_as.jsonl"
+    pairs.write_text("".join(json.dumps({"prompts": [f"x{i} = 1", f"x{i} = 2"], "answers": ["1", "2"]}) + "\n" for i in range(80)))
+    for options, says in ((f"--out_dir={tmp_path}/file/x", "Not a directory"), (f"--task={pairs}", "with_as"),
+                          ("--target_loss=0.15,0.1500001", "share a folder")):
+        with pytest.raises(SystemExit) as stop:
+            prune.main([f"--model={model_dir}", options])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and says in err
+
+
 
 def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -19,7 +19,7 @@ from model_files import weights_hash
 from steer import (choose, curve, mean_difference, perturbation, reads, rms_ratio, steered,
                    toward_other)
 from tasks import TASKS, Pairs, Task, last_logits
-from toy import TOY, Digits, hand_made, one_thread, random_model, toy_pairs, toy_setup  # noqa: F401
+from toy import TOY, Digits, hand_made, loaded, one_thread, random_model, toy_pairs, toy_setup  # noqa: F401
 
 READ = "0.attn.act_in"
 
@@ -180,7 +180,7 @@ def command(tmp_path, monkeypatch, one_thread):  # noqa: F811
     net.bridges.dense_hash = weights_hash(str(dense))
     torch.save(net.bridges.state_dict(), run / "bridges.pt")
     (run / "toy").mkdir()
-    (circuit,) = prune.prune(model, TOY, Digits(), cfg, constants, lambda text: None)
+    (circuit,) = prune.prune(loaded(model, cfg, constants), TOY, cfg, lambda text: None)
     circuit["nodes"][READ] = [0, 1, 2]  # the others are to do nothing
     circuit["n_nodes"] = sum(map(len, circuit["nodes"].values()))
     circuit["examples"] = []  # they show the nodes as they were

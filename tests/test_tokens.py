@@ -161,12 +161,12 @@ def test_shards_are_read_as_one(tmp_path):
     assert (y == (x + 1) % 50).all()
     windows = list(random_windows(f"{tmp_path}/train.bin", 50, 10, 700, 0))  # by the name of the whole
     assert all(((w[:, 1:] - w[:, :-1]) % 50 == 1).all() for w in windows)
-    assert (read_bigrams(str(tmp_path), meta) == count_bigrams(train, 50)).all()
+    assert (read_bigrams(str(tmp_path), meta, len(train)) == count_bigrams(train, 50)).all()
 
 
 def test_counts_that_are_there_give_the_same_probabilities(tmp_path):
     train, _, meta = read_data(shards(tmp_path), 16)
-    assert torch.equal(bigram_log_probs(train, 50, read_bigrams(str(tmp_path), meta)), bigram_log_probs(train, 50))
+    assert torch.equal(bigram_log_probs(train, 50, read_bigrams(str(tmp_path), meta, len(train))), bigram_log_probs(train, 50))
 
 
 def test_what_prepare_found_is_not_looked_for_again(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_what_prepare_found_is_not_looked_for_again(tmp_path, monkeypatch):
     monkeypatch.setattr("tokens.count_bigrams", None)
     monkeypatch.setattr("tokens.largest_id", lambda ids: 49 if len(ids) == 1000 else None)  # of val.bin, a single file
     train, _, meta = read_data(where, 16)
-    bigram_log_probs(train, 50, read_bigrams(where, meta))
+    bigram_log_probs(train, 50, read_bigrams(where, meta, len(train)))
 
 
 def another_seed(path):
@@ -218,9 +218,9 @@ def test_a_shard_that_is_not_what_it_should_be_is_one_line_that_names_it(tmp_pat
 def test_bigram_counts_that_are_not_of_these_data_are_refused(tmp_path, spoil):
     where = shards(tmp_path)
     spoil(tmp_path)
-    _, _, meta = read_data(where, 16)
+    train, _, meta = read_data(where, 16)
     with pytest.raises(ValueError, match="bigrams.npy .*prepare.py") as e:
-        read_bigrams(where, meta)
+        read_bigrams(where, meta, len(train))
     assert "\n" not in str(e.value)
 
 

@@ -435,6 +435,15 @@ def test_kept_steps_are_the_models_that_training_went_through(data, tmp_path):
     assert not same(weights(out / "step_000005"), weights(out / "step_000010"))
 
 
+def test_steps_of_an_earlier_run_do_not_stay_among_those_of_a_new_one(data, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(argv(data, out, keep_every=5)) == 0
+    (out / "step_by_step").mkdir()  # not one of ours
+    (out / "state.pt").unlink()
+    assert train.main(argv(data, out, keep_every=4, seed=1, max_steps=4)) == 0
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["step_000004", "step_by_step"]
+
+
 def test_a_run_that_was_killed_while_it_kept_a_step_keeps_it_when_it_goes_on(data, tmp_path, monkeypatch):
     out, saved = tmp_path / "run", GPT.save
     with monkeypatch.context() as m:

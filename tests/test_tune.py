@@ -91,10 +91,11 @@ class TestWithOptuna:
         assert lines[-1] == f"python prune.py --config={path}" and not any(cfg.minimal for cfg in toy.seen)
         cfg = parse(PruneConfig, [f"--config={path}"])
         best = toy.seen[edges.index(min(edges))]
-        assert cfg == replace(best, minimal=True) and list(tomllib.loads(path.read_text())) == list(asdict(cfg))
+        # trials have one start, for time; the config has as many as prune.py takes of itself
+        assert cfg == replace(best, minimal=True, starts=3) and list(tomllib.loads(path.read_text())) == list(asdict(cfg))
         shown = tomllib.loads("\n".join(line for line in lines if " = " in line))
         assert shown == {k: getattr(best, k) for k in tune.PAPER}
-        assert prune.main([f"--config={path}", "--minimal=false"]) == 0
+        assert prune.main([f"--config={path}", "--minimal=false", "--starts=1"]) == 0
         assert json.loads((toy.folder / "circuit.json").read_text())["n_edges"] == min(edges)
 
     def test_the_first_trial_is_what_was_given_and_the_second_the_papers(self, toy, monkeypatch):
@@ -114,7 +115,7 @@ class TestWithOptuna:
         toy.run("--trials=30")
         scores = [abs(math.log(cfg.lr / 0.01)) for cfg in toy.seen]
         assert min(scores) < 0.5 * min(scores[:2])
-        assert parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == toy.seen[scores.index(min(scores))]
+        assert parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == replace(toy.seen[scores.index(min(scores))], starts=3)
 
     def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(self, toy, monkeypatch, capsys):
         score_by_lr(monkeypatch, toy)
@@ -171,7 +172,7 @@ class TestWithOptuna:
         toy.seen.clear()
         monkeypatch.setattr(tune, "find", find)
         toy.run("--trials=4", "--seed=5")
-        assert parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == toy.seen[0]
+        assert parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == replace(toy.seen[0], starts=3)
 
     @pytest.mark.parametrize("args, says", [
         (["--trials=0"], "trial"), (["--trials=x"], "trials"), (["--trails=3"], "'trials'"), (["--task=all"], "one task"), (["--method=attribution"], "learned"),
@@ -194,7 +195,7 @@ class TestWithOptuna:
         assert toy.run("--trials=1") == 0
         assert len(toy.seen) == 1 and not (toy.folder / "circuit.json").exists()
         tune.tune(parse(tune.TuneConfig, [f"--model={toy.folder.parent}", f"--data={toy.folder.parent}", *SMALL, "--trials=1"]))  # the trial is there
-        assert len(toy.seen) == 1 and parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == toy.seen[0]
+        assert len(toy.seen) == 1 and parse(PruneConfig, [f"--config={toy.folder}/tuned.toml"]) == replace(toy.seen[0], starts=3)
         root = Path(tune.__file__).resolve().parent.parent
         ran = subprocess.run([sys.executable, "-m", "tools.tune", "--trials=0"], cwd=root, capture_output=True, text=True)
         assert ran.returncode == 2 and ran.stderr == "tune.py: trials must be at least 1, not 0\n"

@@ -19,7 +19,7 @@ from circuit_file import circuit_of
 from data.tinypython.filler import FILES, GROWN, NOUNS, VARIABLES
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
 from prune import PruneConfig, node_means
-from tasks import TASKS, calibrate, load_pairs, margins
+from tasks import Pairs, TASKS, calibrate, load_pairs, margins
 from toy import (TOY, Digits, all_nodes, best_fit, hand_made, nats, one_thread, plain_margins, random_edges, random_model,  # noqa: F401
                  scaled, toy_circuit, toy_pairs, toy_setup, without_afrac)
 from ablations import donor_of
@@ -150,7 +150,7 @@ def test_resampling_in_the_task_is_what_a_forward_pass_per_prompt_gives(tmp_path
     pairs, lengths = toy_pairs(20, "heldout"), case.train.last + 1
     got, generator = resampled_in_task(case, torch.Generator().manual_seed(5), pairs), torch.Generator().manual_seed(5)
     for row, (ids, last) in enumerate(zip(pairs.ids, pairs.last.tolist())):
-        donor, seen = donor_of(last + 1, lengths, generator), {}
+        donor, seen = donor_of(ids[: last + 1], case.train, generator), {}
         assert int(lengths[donor]) == last + 1  # there are prompts of every length
         case.model(case.train.ids[donor][None, : last + 1], nodes=lambda s, x: seen.setdefault(s, x))
 
@@ -162,10 +162,17 @@ def test_resampling_in_the_task_is_what_a_forward_pass_per_prompt_gives(tmp_path
     assert resample_task(case) == resample_task(case) != resample_task(replace(case, seed=1))
 
 
-def test_a_donor_has_as_many_tokens_or_as_few_more_as_there_are():
+def test_a_donor_is_another_prompt_with_as_many_tokens_or_as_few_more_as_there_are():
     lengths, generator = torch.tensor([5, 7, 7, 9]), torch.Generator().manual_seed(0)
-    assert {donor_of(7, lengths, generator) for _ in range(40)} == {1, 2}
-    assert {donor_of(6, lengths, generator) for _ in range(40)} == {1, 2} and donor_of(8, lengths, generator) == 3 == donor_of(12, lengths, generator)
+    donors = Pairs(torch.arange(4)[:, None].expand(4, 9).clone(), lengths - 1, lengths, lengths)
+
+    def drawn(prompt):
+        return {donor_of(torch.as_tensor(prompt), donors, generator) for _ in range(40)}
+
+    assert drawn([8] * 7) == {1, 2} == drawn([8] * 6)
+    assert drawn([8] * 8) == {3} == drawn([8] * 12)
+    assert drawn([1] * 7) == {2} and drawn([2] * 7) == {1}  # never itself
+    assert drawn([3] * 9) == {1, 2} and drawn([0] * 5) == {1, 2}
 
 
 def test_halves_of_the_complement_keep_the_circuit_and_wake_about_half_of_the_rest(tmp_path):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import prune
 from circuit import all_edges, graph_of
 from model import GPT, GPTConfig, SITES
+from model_files import weights_hash
 from ops import abstopk
 from prune import PruneConfig, node_means
 from tasks import TASKS, Task, load_pairs
@@ -122,10 +123,15 @@ def prompts_as_data(folder, tokenizer):
     return str(folder)
 
 
+def loaded(model, cfg, constants):
+    """What `prune.load` gives where the tokenizer is `Digits`."""
+    return prune.Loaded(model, Digits(), constants, weights_hash(cfg.model), prune.data_hash(cfg))
+
+
 def toy_circuits(tmp_path, model=None, **options):
     """The model, its config and the contents of its circuit files."""
     model, cfg, constants = toy_setup(tmp_path, model, **options)
-    found = list(prune.prune(model, TOY, Digits(), cfg, constants, lambda text: None))
+    found = list(prune.prune(loaded(model, cfg, constants), TOY, cfg, lambda text: None))
     return model, cfg, json.loads(json.dumps(found))
 
 

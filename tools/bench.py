@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import fast
 from data.tinypython.tokenizer import load_tokenizer
+from minimise import quiet
 from model import GPT, device_of
 from ops import abstopk, linear
 from optim import L0AdamW, scale_rms_, param_groups
@@ -221,7 +222,7 @@ def mask_learning(model: GPT) -> Jobs:
         def run():
             usual = fast.SPARSE
             fast.SPARSE = limit
-            learn_masks(frozen, pairs, constants, gates, cfg, silent)
+            learn_masks(frozen, pairs, constants, gates, cfg, quiet)
             fast.SPARSE = usual
         return run
 
@@ -233,10 +234,6 @@ def mask_learning(model: GPT) -> Jobs:
 
     no_matrix = -1.0  # no density is so low that its zeros are skipped
     return {"masks": masks(fast.SPARSE), "dense masks": masks(no_matrix), "plain": plain}
-
-
-def silent(*_) -> None:
-    """Says nothing of how mask learning goes."""
 
 
 def main(argv: list[str]) -> int:

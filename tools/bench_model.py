@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from circuit import all_edges
+from minimise import quiet
 from model import GPT
 from masks import Gates, attribution, learn_masks
 from prune import PruneConfig, node_means
@@ -89,7 +90,7 @@ def mask_learning(cfg: BenchModelConfig, model: GPT, pairs: Pairs, constants: di
     times = []
     for steps in (1, 1, 1 + cfg.steps):  # the first call alone prepares what the others find ready
         settings.steps = steps
-        job = partial(learn_masks, model, pairs, constants, gates, settings, silent)
+        job = partial(learn_masks, model, pairs, constants, gates, settings, quiet)
         times.append(once(job)[1])
     step = (times[2] - times[1]) / cfg.steps
     say("before the first step of mask learning", times[0] - step)
@@ -100,10 +101,6 @@ def mask_learning(cfg: BenchModelConfig, model: GPT, pairs: Pairs, constants: di
 def pass_over(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     """The stream after all layers, for prompts (B, T)."""
     return model.run(model.embed(ids))
-
-
-def silent(*_) -> None:
-    """Says nothing of how mask learning goes."""
 
 
 def trials(model: GPT, pairs: Pairs, constants: dict) -> None:

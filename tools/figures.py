@@ -252,10 +252,11 @@ python -m tools.figures --only=fig2,fig10
 
 This page is written by that command, from the numbers in docs/figures/. A figure that was not run
 has no row. Losses are nats; several numbers are a median and a range. Sizes are geometric means of
-edges over tasks; unless a line says otherwise a circuit is minimal, at 0.15 nats, from one start of
-mask learning. The minutes are a figure's own, on 2 cores, without those of training its models. The
-models are tiny (2 layers, width 64 to 160, 7M tokens), the paper's thousands of times larger: where
-they agree, that is more than was to be expected, and where they do not, that may be the reason.
+edges over tasks, at 0.15 nats, from one start of mask learning; circuits are as the paper's pruner
+leaves them where a line does not call them minimal. The minutes are a figure's own, on 2 cores,
+without those of training its models. The models are tiny (2 layers, width 64 to 160, 7M tokens),
+the paper's thousands of times larger: where they agree, that is more than was to be expected, and
+where they do not, that may be the reason.
 """
 
 

@@ -25,9 +25,9 @@ from circuit_file import write_circuit
 from data.workers import cores
 from minimise import quiet
 from model_files import weights_hash
-from prune import (PruneConfig, already_pruned, constants_of, in_processes, path_of,
-                   prune, settings_in_file)
-from tasks import load_model, task_of
+from prune import (PruneConfig, already_pruned, in_processes, load, path_of, prune,
+                   settings_in_file)
+from tasks import task_of
 from tokens import read_data
 from tools.formation import read_log
 from tools.planted import cell
@@ -351,10 +351,9 @@ def find_one(cfg: PruneConfig) -> tuple[str, None]:
     """Prune, and leave the circuit or the reason why there is none; a line that says which."""
     name = f"{os.path.relpath(cfg.out_dir)}/{cfg.task}"
     # data or a tokenizer that do not fit are no property of the model: not to be kept
-    model, tokenizer = load_model(cfg.model, cfg.tokenizer, cfg.device)
-    constants = constants_of(model, cfg)
+    loaded = load(cfg)
     try:
-        (circuit,) = prune(model, task_of(cfg.task), tokenizer, cfg, constants, quiet)
+        (circuit,) = prune(loaded, task_of(cfg.task), cfg, quiet)
     except ValueError as e:
         path = failure_path(cfg)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -147,7 +147,7 @@ def fig3(lab: Lab) -> Found:
               agree(points, "l0", "width", "edges", False))
     text = (f"sparser at a fixed width: worse in {sparser[0]}, smaller circuits in {sparser[1]}; "
             f"wider at a fixed L0: better in {larger[0]}, smaller circuits in {larger[1]}")
-    table = [["width", "L0, times the demo's", "nats", "edges"]]
+    table = [["width", "L0, times the demo's", "nats", "edges, minimal"]]
     for p in points:
         table.append([f"{p['width']}", f"{p['l0']:g}", f"{p['loss']:.3f}", f"{p['edges']:.1f}"])
     models = f"{len(points)} models, one seed each; tasks: {', '.join(tasks)}"
@@ -298,7 +298,7 @@ def beside_recipe(lab: Lab, others: dict[str, str]) -> Found:
     for row in rows[len(whole):]:
         times = f"{row['ratio']:.1f}" if row["tasks"] else "–"
         text.append(f"{row['label']} {row['loss'] - middle:+.3f} nats, x {times}")
-    table = [["", "validation loss", "edges, times the recipe's", "tasks"]]
+    table = [["", "validation loss", "edges of minimal circuits, times the recipe's", "tasks"]]
     for row in rows:
         times = f"{row['ratio']:.2f}" if row["tasks"] else "–"
         table.append([f"{row['label']} ({row['run']})", f"{row['loss']:.3f}", times,

@@ -13,13 +13,13 @@ import os
 
 from circuit_file import read_circuit
 from controls import factor_of
+from steer import COMPARED
 from tools.figures_lab import Found, Lab, said
 from tools.figures_sizes import AIM
 
 BRIDGES = ("bridge0", "bridge1")
 # At 0.15 the circuit of while_return_true can leave out what marks a return (docs/bridges.md).
 STEERED = {"single_double_quote": 0.15, "while_return_true": 0.05}
-COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
 NOT_MET = 1e9      # times the edges, where no control met the target: JSON has no infinity
 CONTROL_SEEDS = 1  # of each of the seven controls, which take most of the time
 

@@ -199,7 +199,7 @@ def described(study: Study, model: GPT, constants: Nodes, circuit: Circuit) -> d
         "loss": circuit.loss,
         "loss_heldout": loss_of(calibrated(margin, circuit.scale, circuit.shift)),
         "certified": circuit.certificate is not None,
-        **stream_ends(model, circuit.mask, study.heldout.ids, answers, study.tokenizer),
+        **stream_ends(model, circuit.mask, study.heldout, answers, study.tokenizer),
         "costs": costs_within(study, model, constants, circuit),
     }
 

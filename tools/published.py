@@ -32,6 +32,7 @@ from circuit import (FINAL, Circuit, Edges, Nodes, ablate, all_edges, between, c
 from circuit_file import Found, content_of, examples, write_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from model import GPT, device_of
+from model_files import weights_hash
 from prune import PruneConfig, node_means, settings_in_file
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, last_logits, load_model, load_pairs,
                    loss_of, margins, task_of)
@@ -311,6 +312,7 @@ def convert(cfg: PublishedConfig) -> str:
     ValueError or OSError, in one line and with nothing written, where that cannot be done.
     """
     viz = read_viz(cfg.viz)
+    sha256 = weights_hash(cfg.model)
     model, tokenizer = load_model(cfg.model, cfg.tokenizer, device_of(cfg.device))
     try:
         importances = viz["importances"]
@@ -328,7 +330,7 @@ def convert(cfg: PublishedConfig) -> str:
     settings = PruneConfig(model=cfg.model, task=task.name, data=cfg.data, seed=cfg.seed,
                            tokenizer=cfg.tokenizer, mean_tokens=cfg.mean_tokens, window=cfg.window)
     content = measured(cfg, Found(
-        model=model, model_dir=cfg.model, task=task, tokenizer=tokenizer,
+        model=model, model_dir=cfg.model, sha256=sha256, data=None, task=task, tokenizer=tokenizer,
         circuit=Circuit(mask, edges, 1.0, 0.0, published["loss"]), constants=constants,
         target_loss=settings.target_loss[0], train=prompts, heldout=prompts,
         settings=settings_in_file(settings)), published, prompts, known)

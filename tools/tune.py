@@ -204,7 +204,9 @@ def tune(cfg: TuneConfig) -> None:
 
 def write_best(study, n_trials: int, given: PruneConfig, path: str) -> None:
     """Write the best settings as a config for prune.py; print them, and the command for it."""
-    toml = to_toml(replace(given, **settings(study.best_params)))
+    # trials have one start, for time; what they found is worth as many as prune.py takes
+    starts = max(given.starts, PruneConfig.starts)
+    toml = to_toml(replace(given, **settings(study.best_params), starts=starts))
     head = f"# {study.best_value:.4g} edges on training pairs, the fewest of {n_trials} trials\n"
     write_atomic(path, (head + toml).encode())
     print()
