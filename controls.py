@@ -255,7 +255,8 @@ def run_control(subject: Subject, key: str, seed: int, n_edges: int, say: Say) -
     model = host(setting.model, settings.standalone)
     gates = Gates(model, settings.tie_qk)
     varied = varied_for(settings, model, setting.model, setting.constants, setting.train)
-    search = Search(model, setting.constants, fit, settings.tie_qk, varied=varied)
+    search = Search(model, setting.constants, fit, settings.tie_qk, varied=varied,
+                    drawn_from=setting.train)
     curve = []
     for times in MORE_STEPS:
         cfg = replace(settings, steps=settings.steps * times)

@@ -75,6 +75,7 @@ class Gates:
     meets have one between them, which is learnt, ranked and left out as one."""
 
     def __init__(self, model: GPT, tie_qk: bool):
+        self.model = model
         self.widths = {site: model.config.site_width(site) for site in model.sites}
         index = {}  # site -> which parameters are its gates
         n = 0
@@ -94,6 +95,11 @@ class Gates:
     def together(self, flat: Tensor) -> Tensor:
         """A value per node (n_nodes,) -> the sums over the nodes of each gate, (n_parameters,)."""
         return flat.new_zeros(self.n_parameters).index_add_(0, self.index, flat)
+
+    def on_path(self, opened: Tensor, answers: list[int]) -> Tensor:
+        """Which of the open nodes (n_nodes,) have a path from tokens to answers, bool."""
+        path = drop_unconnected(self.model, self.split(opened), answers)
+        return torch.cat(list(path.values()))
 
 
 def first_taus(gates: Gates, cfg: MaskConfig, generator: torch.Generator) -> Tensor:
@@ -118,13 +124,22 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
     """Minimise task loss + k * open gates over tau (paper A.5). Returns tau, (n_parameters,), in
     [-1, 1].
 
-    k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
-    while the running mean of the loss is below 2/3 of the target, and shrinks while above.
-    Where a step closes a gate that the circuit cannot do without, it is taken back (`mend_`).
     varied: the steps take its ablations and the mean in turn, and k follows the worst of them.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    runs = runs_of(model, constants, varied, generator)
+    return learn_gates(runs_of(model, constants, varied, generator), pairs, gates, cfg, generator,
+                       say)
+
+
+def learn_gates(runs: dict[str, Forward], pairs: Pairs, gates: Gates, cfg: MaskConfig,
+                generator: torch.Generator, say=print) -> Tensor:
+    """`learn_masks`, of whatever the gates are of: nodes, or edges (edge_masks.py). runs: what the
+    steps take in turn.
+
+    k follows the loss (our choice; the paper searches for a fixed one per model and task): it grows
+    while the running mean of the loss is below 2/3 of the target, and shrinks while above.
+    Where a step closes a gate that the circuit cannot do without, it is taken back (`mend_`).
+    """
     tau = first_taus(gates, cfg, generator).requires_grad_()
     optimizer = torch.optim.AdamW([tau], betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
 
@@ -141,7 +156,7 @@ def learn_masks(model: GPT, pairs: Pairs, constants: Nodes, gates: Gates, cfg: M
         drawn = torch.randint(len(pairs), (cfg.batch_pairs,), generator=generator)
         batch = pairs.take(drawn.to(pairs.ids.device))
         gate = _Heaviside.apply(tau, cfg.heaviside_temp)[gates.index]  # (n_nodes,)
-        gate = close_astray(model, gate, gates, answers)
+        gate = close_astray(gate, gates, answers)
         kind = list(runs)[step % len(runs)]
         loss, grad = gate_gradient(runs[kind], batch, gates, gate)
         gate.backward(grad + k)
@@ -219,15 +234,14 @@ def mend_(tau: Tensor, whole: Tensor, wanted: Tensor, excess: float) -> None:
     tau[closed & (gain >= least)] = 1.0
 
 
-def close_astray(model: GPT, gate: Tensor, gates: Gates, answers: list[int]) -> Tensor:
+def close_astray(gate: Tensor, gates: Gates, answers: list[int]) -> Tensor:
     """The gates (n_nodes,), those closed that have no path from tokens to answers (our choice).
 
     Such nodes are dropped in the end, and as constants that differ from their mean they would then
     be missed.
     """
     with torch.no_grad():
-        path = drop_unconnected(model, gates.split(gate > 0), answers)
-        astray = gate * ~torch.cat(list(path.values()))
+        astray = gate * ~gates.on_path(gate > 0, answers)
     # a difference, not a product: they still hear their gradient, and may find a path again
     return gate - astray
 
@@ -236,7 +250,8 @@ def gate_gradient(run: Forward, pairs: Pairs, gates: Gates, gate: Tensor) -> tup
     """The task loss in nats and its gradient by each gate, (n_nodes,)."""
     gate = gate.detach().requires_grad_()
     tokens = 2 * pairs.ids.shape[1]  # of a pair
-    at_once = max(1, ACTIVATIONS[gate.device.type] // (tokens * len(gate)))
+    n_nodes = sum(gates.widths.values())
+    at_once = max(1, ACTIVATIONS[gate.device.type] // (tokens * n_nodes))
     total = 0.0
     for part in batches_of(pairs, at_once):
         loss = task_loss(run(part, gates.split(gate)), part) * (len(part) / len(pairs))

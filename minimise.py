@@ -18,6 +18,7 @@ from torch import Tensor
 
 from circuit import (MAPS, Certificate, Circuit, Edges, Nodes, ablate, between, count,
                      drop_unconnected, graph_of, run_to_last, without_edges)
+from edge_masks import leave_out_by_masks
 from search import Search, partner, parts_of
 from tasks import batches_of, calibrated, margin_of
 
@@ -29,6 +30,9 @@ PATIENCE = 1.5
 # At most one in so many parts goes at once, so that the dear ones among the rest are asked again in
 # a circuit that is not far from the one in which they were priced.
 AT_ONCE = 8
+# More edges than that are left by node masks in dense models alone, and where a model is to do what
+# it never learnt. Prices to first order are wrong about too many of them at once.
+MANY_EDGES = 1000
 # So many parts are priced by trials within a minute.
 MANY_PARTS = 300
 WORTHWHILE = 0.9  # another round by gradient, as long as it leaves out a tenth
@@ -36,10 +40,10 @@ FINE = 64         # how near to the most that can go together a bisection comes,
 STUBBORN = 64     # so many in a row that cannot go: what stands behind them matters more still
 AT_A_TIME = 32    # pairs in a pass with gradients
 EXCHANGES = 16    # parts that are let back in for a time, those first that help the most
-# What bounds the time of exchanges: parts that may come back, and circuits that are fitted. In a
-# small sparse model either takes less than a minute.
+# What bounds the time of exchanges: parts that may come back, and circuits that are fitted, times
+# the pairs that each is fitted to: 5,000 times 256.
 LARGEST_POOL = 3000
-EXCHANGE_FITS = 5000
+EXCHANGE_PAIRS = 1_280_000
 
 
 # --- leaving out what is not needed ----------------------------------------------------------
@@ -54,7 +58,12 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     and the certificate would say nothing.
     """
     before = circuit.size
-    pool = circuit  # what `exchange` may let back in
+    if circuit.size[1] > MANY_EDGES:
+        smaller = leave_out_by_masks(search, circuit, target, necessity, say)
+        say(f"  {circuit.size[0]} nodes, {circuit.size[1]} edges: by masks over edges to "
+            f"{smaller.size[0]} nodes, {smaller.size[1]} edges")
+        circuit = smaller
+    pool = circuit  # what `exchange_parts` may let back in
     # Where there are many parts, to price each by a trial would take minutes for every round. The
     # gradient prices all at once; what it is wrong about, the passes below mend.
     for leave_out_many, how in ((leave_out_by_gradient, "by gradient"),
@@ -81,7 +90,7 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     # tried, and each alone is needed. That round is the certificate, also where exchanges came
     # before it: after each that was accepted everything is tried again.
     leave_out_all(search, target, say, necessity)
-    last = search.n_fits + EXCHANGE_FITS
+    last = search.n_fits + EXCHANGE_PAIRS // search.n_pairs
     while exchange_parts(search, rough, pool, target, say, necessity, last):
         leave_out_all(search, target, say, necessity)
     tried = len(parts_of(search.accepted, search.tie_qk))

@@ -259,7 +259,8 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: P
     varied = varied_for(cfg, model, whole, constants, pairs)
 
     def search_on(n: int) -> Search:
-        return Search(model, constants, pairs.first(n), cfg.tie_qk, whole=whole, varied=varied)
+        return Search(model, constants, pairs.first(n), cfg.tie_qk, whole=whole, varied=varied,
+                      drawn_from=pairs)
 
     for target in cfg.target_loss:
         rankings = []

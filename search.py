@@ -36,10 +36,12 @@ class Search:
     """
 
     def __init__(self, model: GPT, constants: Nodes, pairs: Pairs, tie_qk: bool = False,
-                 batch: int = 32, whole: GPT | None = None, varied: Varied | None = None):
+                 batch: int = 32, whole: GPT | None = None, varied: Varied | None = None,
+                 drawn_from: Pairs | None = None):
         """tie_qk: a query channel and the key channel that it meets are one part. whole: the model
         that is to miss the circuit, where `model` is that one `without_topk`. varied: a circuit's
-        loss is the highest under any of these ablations and at the constants."""
+        loss is the highest under any of these ablations and at the constants. drawn_from: more
+        pairs, for gates to be learnt on; None = the same."""
         self.model = model
         self.whole = model if whole is None else whole
         self.constants = constants
@@ -49,6 +51,7 @@ class Search:
         by_length = pairs.last[::2].argsort()  # less padding in a batch
         self.batches = batches_of(pairs.take(by_length), batch)
         self.n_pairs = len(pairs)
+        self.drawn_from = pairs if drawn_from is None else drawn_from
         n_quarter = (len(pairs) + 3) // 4
         self.quarter = pairs.take(torch.arange(n_quarter, device=pairs.ids.device))
 
