@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tinypython.idioms import Pen, block, programs
+from data.tinypython.idioms import block, programs
 from data.tinypython.shards import Seen
 from data.tinypython.sources import chunks, documents_of
 from data.tinypython.tokenizer import (
@@ -368,27 +368,6 @@ def test_every_answer_occurs_in_the_programs(tokenizer, sample, task):
     counts = Counter(i for ids in tokenizer.encode_ordinary_batch(sample) for i in ids)
     for text in ANSWERS[task]:
         assert counts[tokenizer.encode_ordinary(text)[0]] >= 50, text
-
-
-def test_how_a_variable_grows_can_be_told_by_how_it_starts_alone():
-    """As many grow by `.add(` as by ` +=`; two of one loop start as two kinds, in any order."""
-    kinds = {"set()": "set", '""': "text", "''": "text", "0": "count", "1": "count", "[]": "list", "{}": "dict"}
-    grows = {"set": ".add(", "text": " += ", "count": " += ", "list": ".append(", "dict": "["}
-    counted = Counter()
-    order = Counter()
-    for seed in range(4000):
-        lines = Pen(random.Random(seed)).buildup().splitlines()
-        started = dict(line.split(" = ") for line in lines[:2] if line.split(" = ")[-1] in kinds)
-        found = {name: kinds[start] for name, start in started.items()}
-        growing = [name for line in lines[1:] for name, kind in found.items()
-                   if line.startswith("    ") and line.strip().startswith(name + grows[kind])]
-        counted.update(grows[found[name]] for name in set(growing))
-        if len(set(growing)) == 2:
-            order[growing[0] == list(found)[0]] += 1
-            order["alike"] += len(set(found.values())) == 1
-    assert 0.85 < counted[".add("] / counted[" += "] < 1.15
-    assert 0.85 < order[True] / order[False] < 1.15
-    assert order["alike"] < 0.02 * order[True]  # lines in between that start one, too
 
 
 def test_no_prompt_of_a_task_stands_in_the_programs(sample):

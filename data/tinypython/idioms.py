@@ -757,16 +757,13 @@ class Pen:
     def buildup(self, returned: bool = False) -> str:
         """One or two variables, set up here and grown in a loop some lines later.
 
-        What they start as (`set()`, `""`) tells how they grow (`.add(`, ` +=`), and nothing else:
-        two are of different kinds, as many grow one way as the other, and in any order.
+        What they start as (`set()`, `""`) tells how they grow (`.add(`, ` +=`), and nothing else.
         """
-        kinds = ["set"] * 5 + ["text"] * 3 + ["count", "list", "dict"]
+        kinds = ("set", "set", "set", "text", "text", "text", "list", "count", "dict")
         grown = {}
         for _ in range(self.pick((1, 2, 2))):
             name = self.pick(ACCUMULATORS) if self.chance(0.6) else self.slot("accumulator")
-            kind = self.pick(kinds)
-            kinds = [other for other in kinds if other != kind]
-            grown[name] = GROWN[kind]
+            grown[name] = GROWN[self.pick(kinds)]
 
         lines = [f"{name} = {self.pick(start)}" for name, (start, _) in grown.items()]
         lines += ["$line"] * self.pick((0, 0, 0, 1, 1, 2, 3, 6))
@@ -778,12 +775,9 @@ class Pen:
             "for $index, $item1 in enumerate($collection):",
             "while $item1:",
         )))
-        growths = [(name, growth) for name, (_, growth) in grown.items()]
-        if self.chance(0.5):
-            growths.reverse()
-        for name, growth in growths:
+        for name, (_, growth) in grown.items():
             lines += self.growing(name, growth)
-        for name, growth in growths:  # once more, behind the loop
+        for name, (_, growth) in grown.items():  # once more, behind the loop
             line = name + self.pick(growth)
             if self.chance(0.2):
                 lines.append(line)
