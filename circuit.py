@@ -275,29 +275,35 @@ def host(model: GPT, standalone: bool) -> GPT:
     return without_topk(model) if standalone else model
 
 
+def of_map(model: GPT, layer: int, name: str, edges: Edges) -> tuple[list[tuple], Wires]:
+    """Of `edges`, those of one linear map of a layer: the ends of each of its parts, and the
+    weights, in the rows of its matrix."""
+    graph = graph_of(model)
+    source, targets = MAPS[name]
+    ends = [(f"{layer}.{source}", f"{layer}.{target}") for target in targets]
+    parts = []
+    first = 0  # the row of the matrix at which a target's channels begin
+    for a, b in ends:
+        wires = graph.wires[a, b]
+        kept = edges[a, b]
+        parts.append((wires.source[kept], first + wires.to[kept], wires.weight[kept]))
+        first += model.config.site_width(b)
+    return ends, Wires(*(torch.cat(column) for column in zip(*parts)))
+
+
 def without_edges(model: GPT, circuit: Circuit, constants: Nodes) -> GPT:
     """The model in which the circuit runs: `model`, in other modules, less the weights between two
     nodes of the circuit that are no edges of it; each then contributes weight * constant, as if its
     source were ablated for this one target. Less AbsTopK, where the circuit is to stand alone."""
-    mask, edges = circuit.mask, circuit.edges
-    graph = graph_of(model)
+    inside = between(model, circuit.mask)
+    cut = {ends: inside[ends] & ~kept for ends, kept in circuit.edges.items()}
     reduced = twin(host(model, circuit.standalone))
     for i, block in enumerate(reduced.transformer.h):
-        for name, (a, targets) in MAPS.items():
-            a = f"{i}.{a}"
-            gone = []
-            first = 0  # the row of the matrix at which this target's channels begin
-            for target in targets:
-                b = f"{i}.{target}"
-                wires = graph.wires[a, b]
-                cut = mask[a][wires.source] & mask[b][wires.to] & ~edges[a, b]
-                gone.append((wires.source[cut], first + wires.to[cut], wires.weight[cut]))
-                first += len(mask[b])
-            gone = Wires(*(torch.cat(parts) for parts in zip(*gone)))
+        for name in MAPS:
+            ends, gone = of_map(model, i, name, cut)
             if len(gone.to):
-                part, _, linear = name.partition(".")
-                module = block.get_submodule(part)
-                setattr(module, linear, Cut(getattr(module, linear), gone, constants[a]))
+                whole = block.get_submodule(name)
+                block.set_submodule(name, Cut(whole, gone, constants[ends[0][0]]))
     return reduced
 
 

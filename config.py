@@ -213,8 +213,6 @@ def parse(cls, argv: list[str]):
         if values[key] is None:
             wanted = TYPE_NAMES[types[key]]
             die(f"key '{key}' in {where[key]} must be {wanted}, not {value!r}")
-
-    for key, value in values.items():
         # of a path that is not UTF-8, which no config that we write could hold
         if isinstance(value, str) and value != value.encode(errors="replace").decode():
             die(f"key '{key}' in {where[key]} is not UTF-8 text: {value!r}")

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from circuit import (MAPS, Circuit, Edges, Nodes, ablate, between, drop_unconnected, graph_of,
+from circuit import (MAPS, Circuit, Edges, Nodes, Wires, ablate, between, drop_unconnected, of_map,
                      run_to_last, without_edges)
 from masks import MaskConfig, learn_gates
 from model import GPT
@@ -22,17 +22,16 @@ class Gated(nn.Module):
     """A linear map, some of whose weights have gates: shut, a weight contributes weight * constant,
     as `circuit.Cut` has it."""
 
-    def __init__(self, whole: nn.Module, source: Tensor, to: Tensor, weight: Tensor,
-                 constants: Tensor):
-        """source, to, weight (n,): those that have gates; constants (in,): of what is read."""
+    def __init__(self, whole: nn.Module, wires: Wires, constants: Tensor):
+        """wires: the weights that have gates; constants: those of the site that is read, (in,)."""
         super().__init__()
         self.whole = whole
         # of the rows and columns that have any
-        self.source, self.column = source.unique(return_inverse=True)
-        self.to, self.row = to.unique(return_inverse=True)
-        self.weight = weight
+        self.source, self.column = wires.source.unique(return_inverse=True)
+        self.to, self.row = wires.to.unique(return_inverse=True)
+        self.weight = wires.weight
         self.constants = constants[self.source]
-        self.gate = torch.ones_like(weight)
+        self.gate = torch.ones_like(wires.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         shut = self.weight * (1 - self.gate)
@@ -55,28 +54,13 @@ class EdgeGates:
         self.n_parameters = sum(self.sizes)
         self.index = torch.arange(self.n_parameters, device=model.lm_head.weight.device)
         self.reduced = without_edges(model, circuit, constants)
-        self.maps = []  # (the edges' ends of each target, the map)
+        self.maps = []  # (the ends of its edges, the map)
         for i, block in enumerate(self.reduced.transformer.h):
-            for name, (a, targets) in MAPS.items():
-                targets = [f"{i}.{b}" for b in targets]
-                self.maps.append(self._gated(block, name, f"{i}.{a}", targets))
-
-    def _gated(self, block: nn.Module, name: str, a: str, targets: list[str]):
-        """Put a map with gates in the place of one of a block's."""
-        graph = graph_of(self.model)
-        parts = []
-        first = 0  # the row of the matrix at which this target's channels begin
-        for b in targets:
-            wires = graph.wires[a, b]
-            kept = self.edges[a, b]
-            parts.append((wires.source[kept], first + wires.to[kept], wires.weight[kept]))
-            first += self.widths[b]
-        source, to, weight = (torch.cat(column) for column in zip(*parts))
-        module, _, linear = name.partition(".")
-        module = block.get_submodule(module)
-        gated = Gated(getattr(module, linear), source, to, weight, self.constants[a])
-        setattr(module, linear, gated)
-        return [(a, b) for b in targets], gated
+            for name in MAPS:
+                ends, wires = of_map(model, i, name, circuit.edges)
+                gated = Gated(block.get_submodule(name), wires, constants[ends[0][0]])
+                block.set_submodule(name, gated)
+                self.maps.append((ends, gated))
 
     def split(self, flat: Tensor) -> Edges:
         """A value per edge of the circuit (n_edges,) -> per pair of sites."""
@@ -120,18 +104,14 @@ def leave_out_by_masks(search: Search, circuit: Circuit, target: float, necessit
     generator = torch.Generator().manual_seed(cfg.seed)
     tau = learn_gates({"mean": gates.run}, search.drawn_from, gates, cfg, generator, say)
     order = tau.argsort(descending=True, stable=True)
-    best = circuit
-    low = 0
-    high = len(order)
-    middle = int((tau > 0).sum())  # first those that learning left open
-    while high - low > 1:
+
+    def leading(n: int) -> Circuit:
         chosen = torch.zeros_like(order, dtype=torch.bool)
-        chosen[order[:middle]] = True
-        trial = search.fit(circuit.mask, gates.opened(chosen), target)
-        if search.meets(trial, target, necessity):
-            high = middle
-            best = trial
-        else:
-            low = middle
-        middle = (low + high) // 2
-    return best
+        chosen[order[:n]] = True
+        return search.fit(circuit.mask, gates.opened(chosen), target)
+
+    n_open = int((tau > 0).sum())
+    opened = leading(n_open)
+    if search.meets(opened, target, necessity):
+        return search.fewest(leading, 0, n_open, opened, target, necessity)
+    return search.fewest(leading, n_open, len(order), circuit, target, necessity)

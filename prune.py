@@ -196,15 +196,7 @@ def discretise(search: Search, gates: Gates, ranking: Ranking, target: float,
         best = leading(high, target)
     if not search.meets(best, target, necessity):
         return leading(ranking.n_open, math.inf)
-    while high - low > 1:  # `high` meets both, always
-        middle = (low + high) // 2
-        trial = leading(middle, target)
-        if search.meets(trial, target, necessity):
-            high = middle
-            best = trial
-        else:
-            low = middle
-    return best
+    return search.fewest(partial(leading, target=target), low, high, best, target, necessity)
 
 
 def leading_gates(search: Search, gates: Gates, ranking: Ranking, k: int,

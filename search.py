@@ -134,6 +134,20 @@ class Search:
             return False
         return necessity == 0 or self.loss_without(circuit.mask) >= necessity
 
+    def fewest(self, fitted: Callable[[int], Circuit], low: int, high: int, best: Circuit,
+               target: float, necessity: float) -> Circuit:
+        """Of the circuits `fitted(n)`, low < n <= high, the one with the fewest parts n that
+        `meets` what is asked, by bisection. best: that of `high`, which does."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = fitted(middle)
+            if self.meets(trial, target, necessity):
+                high = middle
+                best = trial
+            else:
+                low = middle
+        return best
+
     def loss_without(self, mask: Nodes) -> float:
         """Nats of the whole model with only the nodes of `mask` ablated: necessity (paper 2.2)."""
         nodes = inverse(mask, self.constants)

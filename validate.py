@@ -363,10 +363,10 @@ def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict
             if cfg.again or not whole:
                 card = {**card, **lines_of(case, card, say), "card": with_what}
                 write_card(cfg.circuit, content, card, runs)
-            for key, seed in missing:
-                if runs.get(key) != []:  # its first run has found that there is none
-                    runs = with_control(case, runs, key, seed, say)
-                    write_card(cfg.circuit, content, card, runs)
+            while missing:
+                runs = with_control(case, runs, *missing[0], say)
+                write_card(cfg.circuit, content, card, runs)
+                missing = missing_controls(runs, cfg.control_seeds, cfg.level)
         except ValueError as e:
             raise ValueError(f"{cfg.circuit}: {e}") from e
     say(card_text(content))
