@@ -3,6 +3,8 @@
 - The nodes, residual reads of one site, take the values that they have on the other prompt of a
   pair. What that changes goes through the bridge's decoder into the dense model's read at the same
   place, at strengths from 0 to 1.
+- --edit=stream: not what one sublayer reads is changed but the stream before it, for all that read
+  it from there on. In a deep dense model no single read need decide anything (docs/bridges.md).
 - Which nodes: named by hand (--node), or those whose change moves the sparse model's own answer
   most, on training pairs; and, for itself, the single one that moves the dense model most.
 - To compare with: random directions of the same size, random nodes of the circuit, and the mean
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,13 +33,15 @@ from bridge import Coupled, load_bridged, streams
 from circuit_file import circuit_of, read_circuit
 from model import GPT, device_of
 from model_files import weights_hash
-from tasks import Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of
+from tasks import (Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of,
+                   unembed_last)
 from tokens import random_windows, window_of
 
 STRENGTHS = [round(0.1 * i, 1) for i in range(11)]  # 1 = the whole of what the decoder says
 COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
+# A site is a residual read, 1.attn.act_in, or the stream before a sublayer, 1.attn.stream.
 Node = tuple[str, int]     # site and channel
-Reads = dict[str, Tensor]  # site of a residual read -> what is read there (2n, T, d_model)
+Reads = dict[str, Tensor]  # site -> what is read there (2n, T, d_model)
 
 
 @dataclass
@@ -48,7 +53,8 @@ class SteerConfig:
     device: str = one_of("auto", "cpu", "cuda")
     task: str = "single_double_quote"  # or a file of pairs: .jsonl, .csv
     circuit: str = ""             # of the sparse model; "" = run/task/circuit.json
-    node: str = ""                # reads of one site, 1.attn.act_in.83,1.attn.act_in.5; or chosen
+    edit: str = one_of("read", "stream")  # of one sublayer (the paper's), or of all from there on
+    node: str = ""                # of one site, 1.attn.act_in.83,1.attn.act_in.5; or chosen
     channels: int = bounded(8, at_least=1)  # so many are chosen at most
     pairs: int = bounded(200, at_least=1)   # held-out pairs; each is steered both ways
     draws: int = bounded(16, at_least=1)    # random directions, and random sets of circuit nodes
@@ -58,7 +64,7 @@ class SteerConfig:
 # --- the intervention (paper A.4) ------------------------------------------------------------
 
 def site_index(site: str) -> int:
-    """0.attn.act_in -> 0, 0.mlp.act_in -> 1, 1.attn.act_in -> 2, ...: the bridge at that place."""
+    """0.attn.act_in -> 0, 0.mlp.act_in -> 1, 1.attn.stream -> 2, ...: the bridge at that place."""
     layer, kind, _ = site.split(".")
     return 2 * int(layer) + (kind == "mlp")
 
@@ -70,15 +76,19 @@ def norm_before(model: GPT, site: str) -> Tensor:
 
 
 @torch.no_grad()
-def reads(model: GPT, pairs: Pairs) -> Reads:
+def reads(model: GPT, pairs: Pairs, sites: Iterable[str]) -> Reads:
+    """What the model reads at these sites: of a stream, the stream itself."""
     seen = {}  # not by `record`: all sites together are many times as large
 
     def keep(site: str, x: Tensor) -> Tensor:
-        if site.endswith("act_in"):
+        if site in sites:
             seen[site] = x[..., : model.config.d_model]  # positions beside it are not of the stream
         return x
 
-    model.run(model.embed(pairs.ids), nodes=keep)
+    h = model.embed(pairs.ids)
+    for i, f in enumerate(model.sublayers):
+        keep(f"{i // 2}.{('attn', 'mlp')[i % 2]}.stream", h)
+        h = f(h, keep)
     return seen
 
 
@@ -116,16 +126,27 @@ def perturbation(net: Coupled, site: str, channels: list, delta: Tensor, ratio: 
 
 
 def from_other(net: Coupled, nodes: list[Node], seen: Reads, ratio: list[float]) -> Tensor:
-    """The `perturbation` where nodes of one site take their values on the other prompt. seen: the
-    sparse model's `reads`."""
+    """What is to be added at the nodes' site to the dense model (2n, T, d_dense) where the nodes,
+    all of that site, take their values on the other prompt. seen: the sparse model's `reads`."""
     site = nodes[0][0]
     channels = [c for _, c in nodes]
-    return perturbation(net, site, channels, toward_other(seen[site]), ratio[site_index(site)])
+    delta = toward_other(seen[site])
+    if site.endswith("act_in"):
+        return perturbation(net, site, channels, delta, ratio[site_index(site)])
+    rows = net.bridges.decoders[site_index(site)].weight.T[channels]  # (channels, d_dense)
+    return delta[..., channels] @ rows  # from stream to stream, as the decoder was trained
 
 
 @torch.no_grad()
 def changed(model: GPT, pairs: Pairs, site: str, change: Tensor) -> Tensor:
-    """Last logits (2n, vocab) of a model to whose read at `site` is added `change` (2n, T, d)."""
+    """Last logits (2n, vocab) of a model to which is added, at `site`, `change` (2n, T, d)."""
+    if site.endswith("stream"):
+        before = site_index(site)
+        h = model.embed(pairs.ids)
+        for f in model.sublayers[:before]:
+            h = f(h)
+        return unembed_last(model, model.run(h + change, start=before), pairs)
+
     def add(s: str, x: Tensor) -> Tensor:
         if s != site:
             return x
@@ -156,7 +177,7 @@ def steered(model: GPT, pairs: Pairs, site: str, change: Tensor, strengths=STREN
 def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio: list[float]):
     """At most `most` of the candidates, all of one site: of the nodes that `choose_at` takes at
     each site those that move the dense model most: where it, too, still needs to be told."""
-    seen = reads(net.sparse, pairs)
+    seen = reads(net.sparse, pairs, {site for site, _ in candidates})
     best = (-math.inf, [])  # how far the dense model goes, and by which nodes
     for site in dict.fromkeys(s for s, _ in candidates):
         channels = [c for s, c in candidates if s == site]
@@ -192,8 +213,8 @@ def choose_at(model: GPT, site: str, channels: list[int], pairs: Pairs, most: in
 
 
 def best_single(net: Coupled, candidates: list[Node], pairs: Pairs, ratio: list[float]) -> Node:
-    """The one read of any site that moves the dense model most, on training pairs."""
-    seen = reads(net.sparse, pairs)
+    """The one node of any site that moves the dense model most, on training pairs."""
+    seen = reads(net.sparse, pairs, {site for site, _ in candidates})
 
     def told(node: Node) -> float:
         return log_odds(net.dense, pairs, node[0], from_other(net, [node], seen, ratio))
@@ -202,13 +223,13 @@ def best_single(net: Coupled, candidates: list[Node], pairs: Pairs, ratio: list[
 
 
 def chosen_by_hand(names: str, candidates: list[Node]) -> list[Node]:
-    """--node as (site, channel); ValueError where it names no residual reads of the circuit, or of
+    """--node as (site, channel); ValueError where it names none of the candidates, or some of
     several sites."""
     by_name = {f"{s}.{c}": (s, c) for s, c in candidates}
     nodes = []
     for name in dict.fromkeys(names.split(",")):
         if name not in by_name:
-            raise ValueError(f"'{name}' is no residual read of the circuit; the nearest is "
+            raise ValueError(f"'{name}' is no channel that the circuit reads; the nearest is "
                              f"'{nearest(name, by_name)}'")
         nodes.append(by_name[name])
     if len({site for site, _ in nodes}) > 1:
@@ -262,6 +283,7 @@ def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, p
     the dense model's own reads of `train` at that site."""
     generator = torch.Generator().manual_seed(cfg.seed)  # on the CPU: the same draws on a GPU
     site = nodes[0][0]
+    sites = {site, *(s for s, _ in others)}
     random = []
     random_node = []
     for draw in range(cfg.draws):
@@ -270,7 +292,7 @@ def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, p
             part = pairs.take(torch.arange(draw % 4, len(pairs), 4, device=pairs.ids.device))
         # one direction a draw; at every position as long as our change is there
         direction = F.normalize(torch.randn(net.dense.config.d_model, generator=generator), dim=0)
-        seen = reads(net.sparse, part)
+        seen = reads(net.sparse, part, sites)
         size = from_other(net, nodes, seen, ratio).norm(dim=-1, keepdim=True)
         random.append(steered(net.dense, part, site, size * direction.to(size.device)))
         if others:  # the site of a random node, and as many nodes there as we have
@@ -280,8 +302,8 @@ def compare(net: Coupled, nodes: list[Node], others: list[Node], train: Pairs, p
             change = from_other(net, [pool[i] for i in order], seen, ratio)
             random_node.append(steered(net.dense, part, theirs, change))
 
-    ours = from_other(net, nodes, reads(net.sparse, pairs), ratio)
-    difference = mean_difference(reads(net.dense, train)[site], train, pairs)
+    ours = from_other(net, nodes, reads(net.sparse, pairs, {site}), ratio)
+    difference = mean_difference(reads(net.dense, train, {site})[site], train, pairs)
     p = {
         "steered": steered(net.dense, pairs, site, ours),
         "random": torch.cat(random, 1),
@@ -326,6 +348,11 @@ def circuit_for(cfg: SteerConfig, task: Task, sparse: GPT) -> tuple[str, list[No
             candidates += [(site, c) for c in channels if c < sparse.config.d_model]
     if not candidates:
         raise ValueError(f"{path} has no residual reads to steer by")
+    if cfg.edit == "stream":
+        # The dense model may want to be told before the sparse circuit reads, or after.
+        channels = sorted({c for _, c in candidates})
+        sites = [site.replace("act_in", "stream") for site in sparse.sites if "act_in" in site]
+        candidates = [(site, c) for site in sites for c in channels]
     return path, candidates
 
 
@@ -338,9 +365,9 @@ def steer(cfg: SteerConfig, argv: list[str]) -> dict:
     path, candidates = circuit_for(cfg, task, sparse)
     dense_dir = cfg.dense or read_toml(os.path.join(cfg.run, "train.toml")).get("dense", "")
     net = load_bridged(cfg.run, dense_dir, sparse, device)
-    if not (sparse.config.rms_norm and net.dense.config.rms_norm):
-        raise ValueError("steering needs models with RMSNorm: a LayerNorm's read is not the stream "
-                         "times a gain")
+    if cfg.edit == "read" and not (sparse.config.rms_norm and net.dense.config.rms_norm):
+        raise ValueError("a LayerNorm's read is not the stream times a gain, and only a stream can "
+                         "be steered; give --edit=stream")
 
     # Nodes are chosen on training pairs and judged on held-out ones; 32 are enough to rank reads.
     T = sparse.config.block_size

@@ -13,7 +13,7 @@ import torch
 
 import prune
 import steer
-from bridge import Bridges, Coupled
+from bridge import Bridges, Coupled, run_from, streams
 from config import parse
 from model_files import weights_hash
 from steer import (choose, curve, mean_difference, perturbation, reads, rms_ratio, steered,
@@ -85,7 +85,7 @@ def test_between_two_copies_steering_is_exchanging_the_activation(seed):
     model = hand_made()
     pairs = toy_pairs(16)
     net = couple(model, copy.deepcopy(model))
-    seen = reads(model, pairs)[READ]
+    seen = reads(model, pairs, [READ])[READ]
     change = perturbation(net, READ, [0], toward_other(seen), 1.0)
     other = seen[torch.arange(32) ^ 1]
 
@@ -161,6 +161,67 @@ def test_chosen_are_the_reads_that_move_the_answer_most():
     block.mlp.c_proj.weight[3].fill_(1.0)
     chosen = choose(net, [(READ, 1), ("0.mlp.act_in", 3)], pairs, 1, ratio)
     assert chosen == [("0.mlp.act_in", 3)]
+
+
+def test_of_a_stream_all_is_read_that_stands_there_and_from_there_on(seed):
+    model = random_model(n_layer=2)
+    pairs = toy_pairs(8)
+    rows = torch.arange(16)
+    change = torch.randn(16, pairs.ids.shape[1], 6)
+    sites = ("0.attn.stream", "0.mlp.stream", "1.attn.stream", "1.mlp.stream")
+    seen = reads(model, pairs, sites)
+    assert tuple(seen) == sites
+    for i, site in enumerate(sites):
+        stream = streams(model, pairs.ids)[i]
+        assert torch.equal(seen[site], stream)
+        expected = run_from(model, i, stream + change, pairs.ids)[rows, pairs.last]
+        assert torch.allclose(steer.changed(model, pairs, site, change), expected, atol=1e-5)
+        # exchanged whole, it gives the other prompt's answers
+        other = last_logits(model, pairs)[rows ^ 1]
+        exchanged = steer.changed(model, pairs, site, toward_other(stream))
+        assert torch.allclose(exchanged, other, atol=1e-4)
+
+
+def test_a_change_of_the_stream_is_delta_times_the_decoders_row(seed):
+    net = couple(random_model(), random_model(d_model=8), torch.randn(6, 8), torch.randn(8, 6))
+    pairs = toy_pairs(4)
+    seen = reads(net.sparse, pairs, ["0.mlp.stream"])
+    change = steer.from_other(net, [("0.mlp.stream", 1), ("0.mlp.stream", 4)], seen, [0.5] * 3)
+    stream = seen["0.mlp.stream"]
+    delta = stream[torch.arange(8) ^ 1] - stream
+    rows = net.bridges.decoders[1].weight
+    expected = delta[..., 1, None] * rows[:, 1] + delta[..., 4, None] * rows[:, 4]
+    assert torch.allclose(change, expected, atol=1e-5)
+
+
+def copies_in(layer: int):
+    """`hand_made` with a second layer that does nothing: before its own, or after."""
+    model = random_model(std=0.0, sink=False, n_layer=2)
+    state = hand_made().state_dict()
+    by_layer = {name.replace("h.0.", f"h.{layer}."): value for name, value in state.items()}
+    model.load_state_dict(by_layer, strict=False)
+    idle = model.transformer.h[1 - layer]
+    idle.ln_1.weight.fill_(1.0)
+    idle.ln_2.weight.fill_(1.0)
+    return model
+
+
+def test_in_the_stream_a_channel_steers_a_model_that_reads_it_in_another_layer():
+    net = couple(copies_in(1), copies_in(0))
+    pairs = toy_pairs(16)
+    ratio = [1.0] * 5
+
+    def p(sites):
+        candidates = [(site, c) for site in sites for c in range(6)]
+        (node,) = choose(net, candidates, pairs, 1, ratio)
+        assert node[1] == 0
+        seen = reads(net.sparse, pairs, sites)
+        return steered(net.dense, pairs, node[0], steer.from_other(net, [node], seen, ratio))[:, :, 0].mean(1)
+
+    its_own = p(["1.attn.act_in"])
+    assert torch.equal(its_own, its_own[:1].expand(11)) and its_own[0] < 0.2
+    in_stream = p(["0.attn.stream", "1.attn.stream"])
+    assert in_stream[0] == its_own[0] and in_stream[-1] > 0.8
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -279,6 +340,18 @@ def test_nodes_by_hand_are_those_and_no_others(command):
     assert r["best_single"]["nodes"] == [f"{READ}.0"]
 
 
+def test_edited_in_the_stream_a_channel_may_be_changed_before_it_is_read(command, capsys):
+    assert command("--edit=stream", "--channels=1") == 0
+    r = command.result()
+    assert r["nodes"] == r["best_single"]["nodes"] == ["0.attn.stream.0"]
+    assert r["steered"]["mean"][-1] > 0.5 > r["steered"]["mean"][0]
+    assert command("--edit=stream", "--node=0.mlp.stream.2,0.mlp.stream.0") == 0
+    assert set(command.result()["nodes"]) == {"0.mlp.stream.2", "0.mlp.stream.0"}
+    shutil.rmtree(command.run / "steer")
+    refused(command, capsys, "--edit=stream", f"--node={READ}.0", says=["0.attn.stream.0", "nearest"])
+    refused(command, capsys, "--edit=strem", says=["edit"])
+
+
 def test_without_matplotlib_there_is_the_table_and_a_line(command, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert command() == 0
@@ -328,7 +401,7 @@ def refused(command, capsys, *args, says, task="toy"):
 
 def test_bad_input_is_one_line_and_leaves_nothing(command, capsys):
     refused(command, capsys, f"--node={READ}.5", says=[f"{READ}.5", "nearest"])
-    refused(command, capsys, "--node=0.attn.v.1", says=["0.attn.v.1", "no residual read"])
+    refused(command, capsys, "--node=0.attn.v.1", says=["0.attn.v.1", "no channel"])
     refused(command, capsys, task="bracket_counting", says=["prune.py", "bracket_counting"])
     refused(command, capsys, task="quotes", says=["task", "nearest"])
     other = command.run / "other.json"
