@@ -1,6 +1,7 @@
 """The project is a directory of scripts: put it on the path, and give tests a fresh, printed seed."""
 import os
 import random
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# `nohup make test &` has these two ignored, and the scripts that tests start and interrupt would
+# inherit that. A signal that is caught is the default one again in a child.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_addoption(parser):
