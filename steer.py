@@ -38,6 +38,7 @@ from tasks import (Pairs, Task, last_logits, load_model, load_pairs, margin_of, 
 from tokens import random_windows, window_of
 
 STRENGTHS = [round(0.1 * i, 1) for i in range(11)]  # 1 = the whole of what the decoder says
+TRIED = 2  # times the channels that are chosen at most: so many are tried with others
 COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
 # A site is a residual read, 1.attn.act_in, or the stream before a sublayer, 1.attn.stream.
 Node = tuple[str, int]     # site and channel
@@ -56,6 +57,9 @@ class SteerConfig:
     edit: str = one_of("read", "stream")  # of one sublayer (the paper's), or of all from there on
     node: str = ""                # of one site, 1.attn.act_in.83,1.attn.act_in.5; or chosen
     channels: int = bounded(8, at_least=1)  # so many are chosen at most
+    # and one more only where it brings at least this share of the way to the other prompt's answer:
+    # what little others add to the answer, they would add to the size of the intervention
+    gain: float = bounded(0.05, at_least=0)
     pairs: int = bounded(200, at_least=1)   # held-out pairs; each is steered both ways
     draws: int = bounded(16, at_least=1)    # random directions, and random sets of circuit nodes
     seed: int = bounded(0, at_least=0)
@@ -174,34 +178,38 @@ def steered(model: GPT, pairs: Pairs, site: str, change: Tensor, strengths=STREN
 
 # --- which nodes -----------------------------------------------------------------------------
 
-def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio: list[float]):
+def choose(net: Coupled, candidates: list[Node], pairs: Pairs, most: int, ratio: list[float],
+           gain: float = SteerConfig.gain) -> list[Node]:
     """At most `most` of the candidates, all of one site: of the nodes that `choose_at` takes at
     each site those that move the dense model most: where it, too, still needs to be told."""
     seen = reads(net.sparse, pairs, {site for site, _ in candidates})
     best = (-math.inf, [])  # how far the dense model goes, and by which nodes
     for site in dict.fromkeys(s for s, _ in candidates):
         channels = [c for s, c in candidates if s == site]
-        chosen = choose_at(net.sparse, site, channels, pairs, most, toward_other(seen[site]))
+        delta = toward_other(seen[site])
+        chosen = choose_at(net.sparse, site, channels, pairs, most, delta, gain)
         nodes = [(site, c) for c in chosen]
         told = log_odds(net.dense, pairs, site, from_other(net, nodes, seen, ratio))
         best = max(best, (told, nodes))
     return best[1]
 
 
-def choose_at(model: GPT, site: str, channels: list[int], pairs: Pairs, most: int, delta: Tensor):
+def choose_at(model: GPT, site: str, channels: list[int], pairs: Pairs, most: int, delta: Tensor,
+              gain: float) -> list[int]:
     """One channel after the other, each time the one that moves the model's own answer most when it
-    takes its value on the other prompt (by `delta`), until none brings a twentieth of the way to
-    the other prompt's answer: what little they add to the answer, they would add to the size of the
-    intervention."""
+    takes its value on the other prompt (by `delta`), until none brings the share `gain` of the way
+    to the other prompt's answer."""
     def moved(channels: list[int]) -> float:
         change = torch.zeros_like(delta)
         change[..., channels] = delta[..., channels]
         return log_odds(model, pairs, site, change)
 
     chosen = []
-    left = list(channels)
+    # of a hundred channels most do nothing: the best few alone are tried together
+    alone = {c: moved([c]) for c in channels}
+    left = sorted(channels, key=alone.get, reverse=True)[: TRIED * most]
     reached = moved([])
-    least = abs(reached) / 10  # a twentieth: the other prompt's answer is as far beyond 0
+    least = 2 * gain * abs(reached)  # twice: the other prompt's answer is as far beyond 0
     while left and len(chosen) < most:
         score, c = max((moved(chosen + [c]), c) for c in left)
         if chosen and score < reached + least:
@@ -380,7 +388,7 @@ def steer(cfg: SteerConfig, argv: list[str]) -> dict:
 
     by_hand = chosen_by_hand(cfg.node, candidates) if cfg.node else []
     ratio = rms_ratio(net, os.path.join(cfg.data, "train.bin"), window=window_of(cfg.run, T))
-    nodes = by_hand or choose(net, candidates, train, cfg.channels, ratio)
+    nodes = by_hand or choose(net, candidates, train, cfg.channels, ratio, cfg.gain)
     single = best_single(net, by_hand or candidates, train, ratio)
     print(f"steering {dense_dir} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, "
           "both ways")

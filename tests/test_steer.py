@@ -150,6 +150,7 @@ def test_chosen_are_the_reads_that_move_the_answer_most():
     assert choose(net, everything, pairs, 1, ratio) == [(READ, 0)]
     attn_in[12 + 1, 3] = 0.02  # now the second way is not worth its size
     assert choose(net, everything, pairs, 8, ratio) == [(READ, 0)]
+    assert choose(net, everything, pairs, 2, ratio, gain=0.0) == [(READ, 0), (READ, 3)]
     attn_in[12 + 1, 3] = 1.0
     without_the_strongest = everything[:-6] + everything[-5:]
     assert choose(net, without_the_strongest, pairs, 1, ratio) == [(READ, 3)]
