@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,7 +80,7 @@ def norm_before(model: GPT, site: str) -> Tensor:
 
 
 @torch.no_grad()
-def reads(model: GPT, pairs: Pairs, sites: Iterable[str]) -> Reads:
+def reads(model: GPT, pairs: Pairs, sites: Collection[str]) -> Reads:
     """What the model reads at these sites: of a stream, the stream itself."""
     seen = {}  # not by `record`: all sites together are many times as large
 
@@ -245,6 +245,13 @@ def chosen_by_hand(names: str, candidates: list[Node]) -> list[Node]:
     return nodes
 
 
+def not_among(candidates: list[Node], nodes: list[Node]) -> list[Node]:
+    """What random nodes are drawn from: candidates that are none of `nodes`, nor one of their
+    channels elsewhere in the stream, where it holds much the same."""
+    channels = {c for site, c in nodes if site.endswith("stream")}
+    return [node for node in candidates if node not in nodes and node[1] not in channels]
+
+
 # --- steering, and what to compare it with ---------------------------------------------------
 
 def places(pairs: Pairs) -> list[Tensor]:
@@ -387,15 +394,16 @@ def steer(cfg: SteerConfig, argv: list[str]) -> dict:
                              "activations cannot be exchanged token by token")
 
     by_hand = chosen_by_hand(cfg.node, candidates) if cfg.node else []
-    ratio = rms_ratio(net, os.path.join(cfg.data, "train.bin"), window=window_of(cfg.run, T))
+    ratio = []  # of use to reads alone
+    if cfg.edit == "read":
+        ratio = rms_ratio(net, os.path.join(cfg.data, "train.bin"), window=window_of(cfg.run, T))
     nodes = by_hand or choose(net, candidates, train, cfg.channels, ratio, cfg.gain)
     single = best_single(net, by_hand or candidates, train, ratio)
     print(f"steering {dense_dir} by {len(nodes)} nodes of {path}, {len(pairs)} held-out pairs, "
           "both ways")
 
-    # a random node is one that is not steered by
-    others = [node for node in candidates if node not in nodes]
-    rest = [node for node in candidates if node != single]
+    others = not_among(candidates, nodes)
+    rest = not_among(candidates, [single])
     return {
         "task": task.name, "n_pairs": len(pairs), "strength": STRENGTHS,
         **compare(net, nodes, others, train, pairs, ratio, cfg),

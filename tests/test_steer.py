@@ -353,6 +353,18 @@ def test_edited_in_the_stream_a_channel_may_be_changed_before_it_is_read(command
     refused(command, capsys, "--edit=strem", says=["edit"])
 
 
+def test_a_random_node_is_none_of_ours_and_in_the_stream_none_of_our_channels():
+    reads_ = [(READ, 0), (READ, 1), ("1.attn.act_in", 0)]
+    assert steer.not_among(reads_, [(READ, 0)]) == [(READ, 1), ("1.attn.act_in", 0)]
+    streams_ = [("0.attn.stream", 0), ("0.attn.stream", 1), ("1.attn.stream", 0), ("1.attn.stream", 1)]
+    assert steer.not_among(streams_, [("0.attn.stream", 0)]) == [("0.attn.stream", 1), ("1.attn.stream", 1)]
+
+
+def test_the_stream_is_edited_without_data(command):
+    (command.run / "train.bin").unlink()
+    assert command("--edit=stream", "--channels=1") == 0
+
+
 def test_without_matplotlib_there_is_the_table_and_a_line(command, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert command() == 0
