@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,12 +33,12 @@ from bridge import Coupled, load_bridged, streams
 from circuit_file import circuit_of, read_circuit
 from model import GPT, device_of
 from model_files import weights_hash
-from tasks import (Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of,
-                   unembed_last)
+from tasks import Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of
 from tokens import random_windows, window_of
 
 STRENGTHS = [round(0.1 * i, 1) for i in range(11)]  # 1 = the whole of what the decoder says
 TRIED = 2  # times the channels that are chosen at most: so many are tried with others
+STREAMS = {"attn.stream": "resid_in", "mlp.stream": "resid_mid"}  # as the table in model.py has it
 COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
 # A site is a residual read, 1.attn.act_in, or the stream before a sublayer, 1.attn.stream.
 Node = tuple[str, int]     # site and channel
@@ -73,6 +73,12 @@ def site_index(site: str) -> int:
     return 2 * int(layer) + (kind == "mlp")
 
 
+def node_site(site: str) -> str:
+    """The site's name in the table of model.py: there 1.attn.stream is 1.resid_in."""
+    layer, name = site.split(".", 1)
+    return f"{layer}.{STREAMS.get(name, name)}"
+
+
 def norm_before(model: GPT, site: str) -> Tensor:
     """The gain (d_model,) of the norm whose output the site reads."""
     block = model.transformer.h[site_index(site) // 2]
@@ -80,19 +86,18 @@ def norm_before(model: GPT, site: str) -> Tensor:
 
 
 @torch.no_grad()
-def reads(model: GPT, pairs: Pairs, sites: Collection[str]) -> Reads:
+def reads(model: GPT, pairs: Pairs, sites: Iterable[str]) -> Reads:
     """What the model reads at these sites: of a stream, the stream itself."""
+    names = {node_site(site): site for site in sites}
     seen = {}  # not by `record`: all sites together are many times as large
 
-    def keep(site: str, x: Tensor) -> Tensor:
-        if site in sites:
-            seen[site] = x[..., : model.config.d_model]  # positions beside it are not of the stream
+    def keep(at: str, x: Tensor) -> Tensor:
+        if at in names:
+            # positions beside it are not of the stream
+            seen[names[at]] = x[..., : model.config.d_model]
         return x
 
-    h = model.embed(pairs.ids)
-    for i, f in enumerate(model.sublayers):
-        keep(f"{i // 2}.{('attn', 'mlp')[i % 2]}.stream", h)
-        h = f(h, keep)
+    model.run(model.embed(pairs.ids), nodes=keep)
     return seen
 
 
@@ -144,15 +149,10 @@ def from_other(net: Coupled, nodes: list[Node], seen: Reads, ratio: list[float])
 @torch.no_grad()
 def changed(model: GPT, pairs: Pairs, site: str, change: Tensor) -> Tensor:
     """Last logits (2n, vocab) of a model to which is added, at `site`, `change` (2n, T, d)."""
-    if site.endswith("stream"):
-        before = site_index(site)
-        h = model.embed(pairs.ids)
-        for f in model.sublayers[:before]:
-            h = f(h)
-        return unembed_last(model, model.run(h + change, start=before), pairs)
+    changed_at = node_site(site)
 
-    def add(s: str, x: Tensor) -> Tensor:
-        if s != site:
+    def add(at: str, x: Tensor) -> Tensor:
+        if at != changed_at:
             return x
         return x + F.pad(change, (0, x.shape[-1] - change.shape[-1]))  # nothing to positions
 
@@ -204,15 +204,17 @@ def choose_at(model: GPT, site: str, channels: list[int], pairs: Pairs, most: in
         change[..., channels] = delta[..., channels]
         return log_odds(model, pairs, site, change)
 
-    chosen = []
+    # twice: the other prompt's answer is as far beyond 0
+    least = 2 * gain * abs(moved([]))
     # of a hundred channels most do nothing: the best few alone are tried together
     alone = {c: moved([c]) for c in channels}
     left = sorted(channels, key=alone.get, reverse=True)[: TRIED * most]
-    reached = moved([])
-    least = 2 * gain * abs(reached)  # twice: the other prompt's answer is as far beyond 0
+    reached, first = max((alone[c], c) for c in left)
+    chosen = [first]
+    left.remove(first)
     while left and len(chosen) < most:
         score, c = max((moved(chosen + [c]), c) for c in left)
-        if chosen and score < reached + least:
+        if score < reached + least:
             break
         reached = score
         chosen.append(c)
