@@ -6,7 +6,7 @@
   `without_topk`: less AbsTopK, for a circuit that is to stand alone.
 - `drop_unconnected`, `edges_of`, `count`: paths, edges and sizes (paper 2.2, Fig. 12).
 
-How circuits are found is in prune.py, how far to trust them in validate.py; their file is in
+How circuits are found is in find.py, how far to trust them in validate.py; their file is in
 circuit_file.py.
 """
 import copy

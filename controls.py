@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from circuit import Nodes, alone, host
+from find import SLACKS, discretise, rank, smallest, varied_for
 from masks import Gates
 from minimise import quiet, reduce_to
 from model import GPT
 from ops import keep_largest_
-from prune import SLACKS, PruneConfig, constants_of, discretise, rank, smallest, varied_for
+from prune import PruneConfig, constants_of
 from search import Search
 from tasks import TASKS, Pairs, Task, answer_ids, calibrated, loss_of
 

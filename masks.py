@@ -5,7 +5,7 @@
   wide apart.
 - `attribution`: the ranking to compare with (paper Fig. 31); it also breaks ties.
 
-prune.py makes circuits of these rankings.
+find.py makes circuits of these rankings.
 """
 import math
 import time

@@ -22,8 +22,9 @@ from ablations import Stiff, donated, exchange, half_awake
 from circuit import FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held, without_edges
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
+from find import varied_for
 from model import GPT
-from prune import PruneConfig, varied_for
+from prune import PruneConfig
 from search import Search, parts_of
 from tasks import (Pairs, Task, calibrate, calibrated, fitting_batches, last_logits, load_pairs,
                    loss_of, margin_of, margins, rows_at_once)

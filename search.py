@@ -4,7 +4,7 @@
   from one circuit to the next.
 - `parts_of`, `without`: the single nodes and edges of a circuit, and the circuit less some.
 
-What prune.py bisects by, minimise.py leaves parts out by, and controls.py compares by.
+What find.py bisects by, minimise.py leaves parts out by, and controls.py compares by.
 """
 import math
 from collections.abc import Callable, Iterable

@@ -33,17 +33,18 @@ from config import as_script, bounded, die, one_of, out_of_bounds, parse
 from circuit_file import circuit_of, read_circuit, write_circuit
 from controls import CONTROLS, Subject, factor_of, run_control
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
+from find import HELD_OUT
 from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, Case, agreement, complement, frozen_norms,
                       generalisation, idle, necessity, necessity_refit, resample, resample_task,
                       standalone, sufficiency, zero_ablation)
 from model import device_of
 from model_files import weights_hash
-from prune import HELD_OUT, PruneConfig, in_processes, result_or_reason
+from prune import PruneConfig, in_processes, result_or_reason
 from tasks import Pairs, Task, load_model, load_pairs, task_of
 from tokens import check_tokenizer, window_of
 
 # What the verdict asks for, each stated beside its number. Held-out pairs may put a circuit above
-# its target by HELD_OUT of prune.py.
+# its target by HELD_OUT of find.py.
 # Nats that the model loses without it, recalibrated, where a coin flip loses 0.693: two mechanisms
 # for a task leave each other's logits tilted, and only that would look like a need.
 NECESSARY = 0.35

@@ -8,6 +8,7 @@ import prune
 from ablations import VARIED, Stiff, Varied, awake, donated, exchange, half_awake
 from circuit import ablate, alone
 from circuit_file import circuit_of
+from find import find
 from masks import Gates, MaskConfig, gate_gradient, learn_masks, runs_of
 from measures import Case, frozen_norms, resample_task
 from minimise import minimise
@@ -133,12 +134,12 @@ def test_prune_learns_and_judges_under_varied_ablation(tmp_path):
 
 def test_without_the_option_nothing_else_is_run(tmp_path, monkeypatch):
     model, cfg, constants = toy_setup(tmp_path, hand_made())
-    monkeypatch.setattr(prune, "Varied", None)
+    monkeypatch.setattr("find.Varied", None)
     gates = Gates(model, False)
     assert list(runs_of(model, constants, None, torch.Generator())) == ["mean"]
     tau = learn_masks(model, toy_pairs(), constants, gates, replace(cfg, steps=5), lambda *_: None)
     assert isinstance(cfg, MaskConfig) and tau.shape == (gates.n_parameters,)
-    assert list(prune.find(model, toy_pairs(), None, constants, replace(cfg, steps=5), lambda *_: None))
+    assert list(find(model, toy_pairs(), None, constants, replace(cfg, steps=5), lambda *_: None))
 
 
 def test_a_stiff_model_shares_the_weights_and_leaves_the_model_as_it_is(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from circuit import Circuit, ablate, all_edges, between, count, drop_unconnected, graph_of, without_edges
+from find import Ranking, discretise
 from masks import Gates
 import minimise as minimise_module
 from minimise import exchange_parts, minimise, with_part
-from prune import Ranking, discretise
 from search import Search, parts_of, without
 from tasks import calibrate, calibrated, loss_of, margins
 from toy import (EVERY_SITE, all_nodes, as_mask, kept_of, nats, one_thread, parallel_model, plain_margins,  # noqa: F401

@@ -11,9 +11,10 @@ compared, over the tasks that have a circuit in each of them. Losses are in nats
 import statistics
 
 from circuit import alone, inverse
+from find import leading_gates, rank
 from masks import Gates
 from minimise import quiet
-from prune import PruneConfig, constants_of, geometric_mean, leading_gates, rank
+from prune import PruneConfig, constants_of, geometric_mean
 from search import Search
 from tasks import calibrated, load_model, load_pairs, loss_of, margins, task_of
 from tools.figures_lab import Edges, Found, Lab, common_tasks, said

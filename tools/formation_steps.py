@@ -14,12 +14,12 @@ from torch import Tensor
 
 from circuit import MAPS, Circuit, Nodes, alone, edges_of, graph_of, host, without_edges
 from circuit_file import circuit_of, stream_ends
+from find import SLACKS, WIDE, Ranking, discretise, find, leading_gates, rank
 from masks import Gates
 from minimise import (MANY_PARTS, WORTHWHILE, leave_out, leave_out_by_gradient, minimise, quiet,
                       total)
 from model import GPT
-from prune import (SLACKS, WIDE, PruneConfig, Ranking, constants_of, discretise, find,
-                   leading_gates, rank, set_apart)
+from prune import PruneConfig, constants_of, set_apart
 from search import Search
 from tasks import (Pairs, Task, answer_ids, calibrate, calibrated, fitting_batches, load_model,
                    load_pairs, loss_of, margin_of, margins, unembed_last)

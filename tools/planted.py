@@ -35,9 +35,10 @@ import torch
 
 from circuit import Circuit, Edges, Nodes, all_edges, edges_of, graph_of
 from data.tinypython.tokenizer import load_tokenizer
+from find import SLACKS, find
 from minimise import minimise, quiet
 from model import GPT
-from prune import SLACKS, PruneConfig, constants_of, find
+from prune import PruneConfig, constants_of
 from search import Search
 from tasks import Pairs, Task, calibrate, calibrated, load_pairs, loss_of, margins
 from tools.planting import FAMILIES, SHAPES, Planter, background, hint

@@ -26,10 +26,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from config import as_script, bounded, die, parse, to_toml, write_atomic
 
 from circuit import Circuit
+from find import find
 from minimise import quiet
 from model import GPT
 from model_files import weights_hash
-from prune import PruneConfig, check_prune, constants_of, find, geometric_mean
+from prune import PruneConfig, check_prune, constants_of, geometric_mean
 from tasks import (Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of, margins,
                    task_of)
 
