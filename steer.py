@@ -38,9 +38,9 @@ from tokens import random_windows, window_of
 
 STRENGTHS = [round(0.1 * i, 1) for i in range(11)]  # 1 = the whole of what the decoder says
 TRIED = 2  # times the channels that are chosen at most: so many are tried with others
-STREAMS = {"attn.stream": "resid_in", "mlp.stream": "resid_mid"}  # as the table in model.py has it
 COMPARED = ("steered", "random", "random_node", "dense_mean_difference")  # keys of steer.json
-# A site is a residual read, 1.attn.act_in, or the stream before a sublayer, 1.attn.stream.
+STREAMS = ("resid_in", "resid_mid")  # before attention, before the MLP: as in model.py's table
+# A site is a residual read, 1.attn.act_in, or a stream, 1.resid_in.
 Node = tuple[str, int]     # site and channel
 Reads = dict[str, Tensor]  # site -> what is read there (2n, T, d_model)
 
@@ -68,15 +68,9 @@ class SteerConfig:
 # --- the intervention (paper A.4) ------------------------------------------------------------
 
 def site_index(site: str) -> int:
-    """0.attn.act_in -> 0, 0.mlp.act_in -> 1, 1.attn.stream -> 2, ...: the bridge at that place."""
-    layer, kind, _ = site.split(".")
-    return 2 * int(layer) + (kind == "mlp")
-
-
-def node_site(site: str) -> str:
-    """The site's name in the table of model.py: there 1.attn.stream is 1.resid_in."""
-    layer, name = site.split(".", 1)
-    return f"{layer}.{STREAMS.get(name, name)}"
+    """0.attn.act_in -> 0, 0.mlp.act_in -> 1, 1.resid_in -> 2, ...: the bridge at that place."""
+    layer, place = site.split(".", 1)
+    return 2 * int(layer) + (place in ("mlp.act_in", "resid_mid"))
 
 
 def norm_before(model: GPT, site: str) -> Tensor:
@@ -88,13 +82,13 @@ def norm_before(model: GPT, site: str) -> Tensor:
 @torch.no_grad()
 def reads(model: GPT, pairs: Pairs, sites: Iterable[str]) -> Reads:
     """What the model reads at these sites: of a stream, the stream itself."""
-    names = {node_site(site): site for site in sites}
+    wanted = set(sites)
     seen = {}  # not by `record`: all sites together are many times as large
 
     def keep(at: str, x: Tensor) -> Tensor:
-        if at in names:
+        if at in wanted:
             # positions beside it are not of the stream
-            seen[names[at]] = x[..., : model.config.d_model]
+            seen[at] = x[..., : model.config.d_model]
         return x
 
     model.run(model.embed(pairs.ids), nodes=keep)
@@ -149,10 +143,8 @@ def from_other(net: Coupled, nodes: list[Node], seen: Reads, ratio: list[float])
 @torch.no_grad()
 def changed(model: GPT, pairs: Pairs, site: str, change: Tensor) -> Tensor:
     """Last logits (2n, vocab) of a model to which is added, at `site`, `change` (2n, T, d)."""
-    changed_at = node_site(site)
-
     def add(at: str, x: Tensor) -> Tensor:
-        if at != changed_at:
+        if at != site:
             return x
         return x + F.pad(change, (0, x.shape[-1] - change.shape[-1]))  # nothing to positions
 
@@ -250,7 +242,7 @@ def chosen_by_hand(names: str, candidates: list[Node]) -> list[Node]:
 def not_among(candidates: list[Node], nodes: list[Node]) -> list[Node]:
     """What random nodes are drawn from: candidates that are none of `nodes`, nor one of their
     channels elsewhere in the stream, where it holds much the same."""
-    channels = {c for site, c in nodes if site.endswith("stream")}
+    channels = {c for site, c in nodes if not site.endswith("act_in")}
     return [node for node in candidates if node not in nodes and node[1] not in channels]
 
 
@@ -368,7 +360,8 @@ def circuit_for(cfg: SteerConfig, task: Task, sparse: GPT) -> tuple[str, list[No
     if cfg.edit == "stream":
         # The dense model may want to be told before the sparse circuit reads, or after.
         channels = sorted({c for _, c in candidates})
-        sites = [site.replace("act_in", "stream") for site in sparse.sites if "act_in" in site]
+        layers = range(sparse.config.n_layer)
+        sites = [f"{i}.{stream}" for i in layers for stream in STREAMS]
         candidates = [(site, c) for site in sites for c in channels]
     return path, candidates
 

@@ -169,7 +169,7 @@ def test_of_a_stream_all_is_read_that_stands_there_and_from_there_on(seed):
     pairs = toy_pairs(8)
     rows = torch.arange(16)
     change = torch.randn(16, pairs.ids.shape[1], 6)
-    sites = ("0.attn.stream", "0.mlp.stream", "1.attn.stream", "1.mlp.stream")
+    sites = ("0.resid_in", "0.resid_mid", "1.resid_in", "1.resid_mid")
     seen = reads(model, pairs, sites)
     assert tuple(seen) == sites
     for i, site in enumerate(sites):
@@ -186,9 +186,9 @@ def test_of_a_stream_all_is_read_that_stands_there_and_from_there_on(seed):
 def test_a_change_of_the_stream_is_delta_times_the_decoders_row(seed):
     net = couple(random_model(), random_model(d_model=8), torch.randn(6, 8), torch.randn(8, 6))
     pairs = toy_pairs(4)
-    seen = reads(net.sparse, pairs, ["0.mlp.stream"])
-    change = steer.from_other(net, [("0.mlp.stream", 1), ("0.mlp.stream", 4)], seen, [0.5] * 3)
-    stream = seen["0.mlp.stream"]
+    seen = reads(net.sparse, pairs, ["0.resid_mid"])
+    change = steer.from_other(net, [("0.resid_mid", 1), ("0.resid_mid", 4)], seen, [0.5] * 3)
+    stream = seen["0.resid_mid"]
     delta = stream[torch.arange(8) ^ 1] - stream
     rows = net.bridges.decoders[1].weight
     expected = delta[..., 1, None] * rows[:, 1] + delta[..., 4, None] * rows[:, 4]
@@ -221,7 +221,7 @@ def test_in_the_stream_a_channel_steers_a_model_that_reads_it_in_another_layer()
 
     its_own = p(["1.attn.act_in"])
     assert torch.equal(its_own, its_own[:1].expand(11)) and its_own[0] < 0.2
-    in_stream = p(["0.attn.stream", "1.attn.stream"])
+    in_stream = p(["0.resid_in", "1.resid_in"])
     assert in_stream[0] == its_own[0] and in_stream[-1] > 0.8
 
 
@@ -344,20 +344,20 @@ def test_nodes_by_hand_are_those_and_no_others(command):
 def test_edited_in_the_stream_a_channel_may_be_changed_before_it_is_read(command, capsys):
     assert command("--edit=stream", "--channels=1") == 0
     r = command.result()
-    assert r["nodes"] == r["best_single"]["nodes"] == ["0.attn.stream.0"]
+    assert r["nodes"] == r["best_single"]["nodes"] == ["0.resid_in.0"]
     assert r["steered"]["mean"][-1] > 0.5 > r["steered"]["mean"][0]
-    assert command("--edit=stream", "--node=0.mlp.stream.2,0.mlp.stream.0") == 0
-    assert set(command.result()["nodes"]) == {"0.mlp.stream.2", "0.mlp.stream.0"}
+    assert command("--edit=stream", "--node=0.resid_mid.2,0.resid_mid.0") == 0
+    assert set(command.result()["nodes"]) == {"0.resid_mid.2", "0.resid_mid.0"}
     shutil.rmtree(command.run / "steer")
-    refused(command, capsys, "--edit=stream", f"--node={READ}.0", says=["0.attn.stream.0", "nearest"])
+    refused(command, capsys, "--edit=stream", f"--node={READ}.0", says=["0.resid_in.0", "nearest"])
     refused(command, capsys, "--edit=strem", says=["edit"])
 
 
 def test_a_random_node_is_none_of_ours_and_in_the_stream_none_of_our_channels():
     reads_ = [(READ, 0), (READ, 1), ("1.attn.act_in", 0)]
     assert steer.not_among(reads_, [(READ, 0)]) == [(READ, 1), ("1.attn.act_in", 0)]
-    streams_ = [("0.attn.stream", 0), ("0.attn.stream", 1), ("1.attn.stream", 0), ("1.attn.stream", 1)]
-    assert steer.not_among(streams_, [("0.attn.stream", 0)]) == [("0.attn.stream", 1), ("1.attn.stream", 1)]
+    streams_ = [("0.resid_in", 0), ("0.resid_in", 1), ("1.resid_in", 0), ("1.resid_in", 1)]
+    assert steer.not_among(streams_, [("0.resid_in", 0)]) == [("0.resid_in", 1), ("1.resid_in", 1)]
 
 
 def test_the_stream_is_edited_without_data(command):
