@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge import Coupled, load_bridged, streams
 from circuit_file import circuit_of, read_circuit
+from coupled import Coupled, load_bridged, streams
 from model import GPT, device_of
 from model_files import weights_hash
 from tasks import Pairs, Task, last_logits, load_model, load_pairs, margin_of, task_of

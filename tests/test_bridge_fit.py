@@ -9,7 +9,8 @@ import torch
 
 import bridge
 import steer
-from bridge import Bridges, Coupled, about, add_moments, fit_bridges, gather, nmse, ridge_map, streams
+from bridge import about, add_moments, fit_bridges, gather, ridge_map
+from coupled import Bridges, Coupled, nmse, streams
 from jobs import Run
 from model import GPT
 from model_files import weights_hash

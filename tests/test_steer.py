@@ -13,8 +13,8 @@ import torch
 
 import prune
 import steer
-from bridge import Bridges, Coupled, run_from, streams
 from config import parse
+from coupled import Bridges, Coupled, run_from, streams
 from model_files import weights_hash
 from steer import (choose, curve, mean_difference, perturbation, reads, rms_ratio, steered,
                    toward_other)
