@@ -12,12 +12,15 @@
 prune.py is the command: it loads the model, the means and the pairs, and writes the file.
 """
 import math
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import bounded, one_of
+from config import bounded, die, one_of
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from ablations import Varied
 from circuit import Circuit, Nodes, all_edges, alone, host
+from data.workers import begin_worker, cores, worker_pool
 from masks import Gates, MaskConfig, attribution, learn_masks
 from minimise import minimise
 from model import GPT
@@ -49,6 +53,7 @@ class FindConfig(MaskConfig):
     standalone: bool = False        # a circuit that runs without AbsTopK, as its program does
     fit_pairs: int = bounded(256, at_least=1)  # the first of all: for bisection and calibration
     join_pairs: int = bounded(1024, at_least=1)  # minimal: as many for what several starts found
+    jobs: int = bounded(1, at_least=1)  # processes at a time: of one task's starts, or of all tasks
 
 
 def varied_for(cfg: FindConfig, model: GPT, whole: GPT, constants: Nodes,
@@ -113,9 +118,9 @@ def leading_gates(search: Search, gates: Gates, ranking: Ranking, k: int,
 
 
 def smallest(search: Search, gates: Gates, ranking: Ranking, aim: float, target: float,
-             cfg: FindConfig, say=print) -> Circuit:
+             cfg: FindConfig, say=print, exchange: bool = True) -> Circuit:
     """The circuit of one start: at most `aim` nats, or `target` where it cannot be less; minimal
-    where that is asked for and there is something to be minimal by."""
+    where that is asked for and there is something to be minimal by. exchange: as in `minimise`."""
     necessity = cfg.necessity if cfg.minimal else 0.0
     if cfg.minimal:
         # The fewest gates are all needed for each other, and little can go; among more, what can
@@ -123,7 +128,7 @@ def smallest(search: Search, gates: Gates, ranking: Ranking, aim: float, target:
         for times in WIDE:
             circuit = leading_gates(search, gates, ranking, times * ranking.n_open)
             if search.meets(circuit, aim, necessity):
-                return minimise(search, circuit, aim, say, cfg.necessity)
+                return minimise(search, circuit, aim, say, cfg.necessity, exchange)
 
     circuit = discretise(search, gates, ranking, aim, necessity)
     fit_for = search.meets(circuit, aim, necessity)
@@ -139,7 +144,7 @@ def smallest(search: Search, gates: Gates, ranking: Ranking, aim: float, target:
             asked += f" and is missed by {necessity} nats"
         say(f"  not minimised: no number of nodes comes to {asked}")
         return circuit
-    return minimise(search, circuit, aim, say, cfg.necessity)
+    return minimise(search, circuit, aim, say, cfg.necessity, exchange)
 
 
 # --- several starts ---------------------------------------------------------------------------
@@ -161,19 +166,16 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: F
         return Search(model, constants, pairs.first(n), cfg.tie_qk, whole=whole, varied=varied,
                       drawn_from=pairs)
 
+    few = search_on(cfg.fit_pairs)
+    many = search_on(cfg.join_pairs) if cfg.minimal else few  # only minimal ones are joined
     for target in cfg.target_loss:
-        rankings = []
-        for start in range(cfg.starts if cfg.method == "learned" else 1):
-            this = replace(cfg, seed=cfg.seed + NEXT_START * start, target_loss=(target,))
-            rankings.append(rank(model, pairs, constants, gates, this, say, varied))
-        few = search_on(cfg.fit_pairs)
-        many = search_on(cfg.join_pairs) if cfg.minimal else few  # only minimal ones are joined
-        circuit = best_start(few, many, gates, rankings, apart, target, cfg, say)
+        this = replace(cfg, target_loss=(target,))
+        circuit = best_start(few, many, gates, apart, this, say)
         yield replace(circuit, standalone=cfg.standalone)
 
 
-def best_start(few: Search, many: Search, gates: Gates, rankings: list[Ranking],
-               apart: Pairs | None, target: float, cfg: FindConfig, say=print) -> Circuit:
+def best_start(few: Search, many: Search, gates: Gates, apart: Pairs | None, cfg: FindConfig,
+               say=print) -> Circuit:
     """The circuit with the fewest edges that also holds on pairs set `apart` (None: any holds), of
     those of several starts, and, where they are minimal, of all of them joined and made minimal on
     more pairs. Where none holds, further below the target, and in the end the one with the lowest
@@ -181,19 +183,11 @@ def best_start(few: Search, many: Search, gates: Gates, rankings: list[Ranking],
 
     few, many: fit circuits to fit_pairs, and to join_pairs.
     """
+    (target,) = cfg.target_loss
     tried = []
-    minimal = []
-    for slack in SLACKS:
-        joined = join(many, minimal, slack * target, cfg, say)
-        if joined is None:
-            for ranking in rankings:
-                circuit = smallest(few, gates, ranking, slack * target, target, cfg, say)
-                tried.append(with_loss_apart(few, circuit, apart))
-            minimal = [circuit for circuit in tried if circuit.certificate is not None]
-            joined = join(many, minimal, slack * target, cfg, say)
-        if joined is not None:
-            tried.append(with_loss_apart(many, joined, apart))
-
+    for found in in_turn(few, many, gates, cfg, say):
+        for search, circuit in found:
+            tried.append(with_loss_apart(search, circuit, apart))
         met = [circuit for circuit in tried if circuit.loss <= target]
         held = [circuit for circuit in met if holds(circuit, target)]
         if held:
@@ -206,6 +200,84 @@ def best_start(few: Search, many: Search, gates: Gates, rankings: list[Ranking],
         say(f"  none holds on pairs set apart (the best has {chosen.loss_apart:.3f} nats)")
     sizes = [(*circuit.size, circuit.loss_apart) for circuit in tried]
     return replace(chosen, starts=sizes)
+
+
+def in_turn(few: Search, many: Search, gates: Gates, cfg: FindConfig,
+            say=print) -> Iterator[list[tuple[Search, Circuit]]]:
+    """What `best_start` tries until a circuit holds, each with the search that fitted it."""
+    (target,) = cfg.target_loss
+    starts = [Start(seed) for seed in seeds_of(cfg)]
+    if not cfg.minimal:
+        for slack in SLACKS:
+            starts = from_starts(few, gates, starts, slack * target, cfg, say)
+            yield [(few, start.circuit) for start in starts]
+        return
+
+    # The starts go as far below the target as they can. It leaves more to choose from when they are
+    # joined; and where that does not hold, they are joined again further below, not made again.
+    for slack in reversed(SLACKS):
+        starts = from_starts(few, gates, starts, slack * target, cfg, say)
+        minimal = [start.circuit for start in starts if start.circuit.certificate is not None]
+        if minimal:
+            break
+    found = [(few, start.circuit) for start in starts]
+    for slack in SLACKS:
+        joined = join(many, minimal, slack * target, cfg, say)
+        if joined is not None:
+            found.append((many, joined))
+        if found:
+            yield found
+        found = []
+
+
+class Start(NamedTuple):
+    """A seed of mask learning, and what came of it."""
+    seed: int
+    ranking: Ranking | None = None  # not learnt yet
+    circuit: Circuit | None = None
+
+
+def seeds_of(cfg: FindConfig) -> list[int]:
+    """The seeds of a run's starts; attribution has no use for more than one."""
+    n = cfg.starts if cfg.method == "learned" else 1
+    return [cfg.seed + NEXT_START * i for i in range(n)]
+
+
+def from_starts(search: Search, gates: Gates, starts: list[Start], aim: float, cfg: FindConfig,
+                say=print) -> list[Start]:
+    """Each start's circuit at `aim` nats, `cfg.jobs` starts at a time."""
+    if cfg.jobs == 1 or len(starts) == 1:
+        return [from_start(search, gates, start, aim, cfg, say) for start in starts]
+    # as bytes: tensors as such would go through shared memory, of which a container has little
+    given = pickle.dumps((search, gates, aim, cfg))
+    found = in_processes(partial(_in_its_process, given), list(enumerate(starts)), cfg.jobs)
+    for result in found:
+        if isinstance(result, str):
+            raise ValueError(result)
+    return found
+
+
+def _in_its_process(given: bytes, numbered: tuple[int, Start]) -> Start:
+    i, start = numbered
+
+    def say(text: str) -> None:
+        print(f"[start {i}] {text.strip()}", flush=True)
+
+    search, gates, aim, cfg = pickle.loads(given)
+    return from_start(search, gates, start, aim, cfg, say)
+
+
+def from_start(search: Search, gates: Gates, start: Start, aim: float, cfg: FindConfig,
+               say=print) -> Start:
+    """A start's circuit at `aim` nats; its ranking is learnt if it has none."""
+    (target,) = cfg.target_loss
+    ranking = start.ranking
+    if ranking is None:
+        ranking = rank(search.model, search.drawn_from, search.constants, gates,
+                       replace(cfg, seed=start.seed), say, search.varied)
+    # several starts have parts for each other, and these are exchanged once they are joined
+    circuit = smallest(search, gates, ranking, aim, target, cfg, say, exchange=cfg.starts == 1)
+    return Start(start.seed, ranking, circuit)
 
 
 def join(search: Search, circuits: list[Circuit], aim: float, cfg: FindConfig,
@@ -255,3 +327,35 @@ def holds(circuit: Circuit, target: float) -> bool:
         return True
     by_luck = circuit.loss_apart + circuit.error_apart > target + HELD_OUT
     return circuit.loss_apart <= target and not by_luck
+
+
+# --- several processes ------------------------------------------------------------------------
+
+def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
+    """f of each item, `jobs` processes at a time; in place of a ValueError or OSError, its text.
+
+    Exits with one line where the system kills a process. Whatever ends this process, none of the
+    others outlives it.
+    """
+    threads = max(1, cores() // jobs)
+    try:
+        with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
+            # not pool.map: what it cancels when a signal ends this process, the pool may fail on
+            begun = [pool.submit(result_or_reason, f, item) for item in items]
+            return [future.result() for future in begun]
+    except BrokenProcessPool:
+        die("a process was killed, perhaps for want of memory; what was finished is kept: "
+            "run it again with fewer --jobs")
+
+
+def _begin_worker(threads: int, parent: int) -> None:
+    torch.set_num_threads(threads)
+    begin_worker(parent)
+
+
+def result_or_reason(f: Callable, item):
+    """f(item), or the text of its ValueError or OSError: one item's failure ends no other."""
+    try:
+        return f(item)
+    except (ValueError, OSError) as e:
+        return str(e)

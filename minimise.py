@@ -40,22 +40,23 @@ FINE = 64         # how near to the most that can go together a bisection comes,
 STUBBORN = 64     # so many in a row that cannot go: what stands behind them matters more still
 AT_A_TIME = 32    # pairs in a pass with gradients
 EXCHANGES = 16    # parts that are let back in for a time, those first that help the most
-# What bounds the time of exchanges: parts that may come back, and circuits that are fitted, times
-# the pairs that each is fitted to: 5,000 times 256.
+# What bounds the time of exchanges, to a minute or two for a small circuit: parts that may come
+# back, and pairs on which circuits are run.
 LARGEST_POOL = 3000
-EXCHANGE_PAIRS = 1_280_000
+EXCHANGE_PAIRS = 256_000
 
 
 # --- leaving out what is not needed ----------------------------------------------------------
 
 def minimise(search: Search, circuit: Circuit, target: float, say=print,
-             necessity: float = 0.0) -> Circuit:
+             necessity: float = 0.0, exchange: bool = True) -> Circuit:
     """Leave out nodes and edges until none can go alone without the loss (nats) passing `target`.
 
     With `necessity` (nats), no node goes either without which the model could do with less than
     that when it loses the circuit: where a model has two mechanisms for a task, one of them alone
     may meet the target. The circuit must meet both to begin with, or every removal would be refused
-    and the certificate would say nothing.
+    and the certificate would say nothing. exchange: then let parts back in, as long as that leads
+    to a smaller one.
     """
     before = circuit.size
     if circuit.size[1] > MANY_EDGES:
@@ -90,8 +91,8 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     # tried, and each alone is needed. That round is the certificate, also where exchanges came
     # before it: after each that was accepted everything is tried again.
     leave_out_all(search, target, say, necessity)
-    last = search.n_fits + EXCHANGE_PAIRS // search.n_pairs
-    while exchange_parts(search, rough, pool, target, say, necessity, last):
+    last = search.pairs_run + rough.pairs_run + EXCHANGE_PAIRS
+    while exchange and exchange_parts(search, rough, pool, target, say, necessity, last):
         leave_out_all(search, target, say, necessity)
     tried = len(parts_of(search.accepted, search.tie_qk))
     varied = search.varied is not None
@@ -99,10 +100,9 @@ def minimise(search: Search, circuit: Circuit, target: float, say=print,
     return replace(search.accepted, certificate=certificate)
 
 
-def leave_out_all(search: Search, target: float, say, necessity: float,
-                  stay: Set = frozenset()) -> None:
-    """Leave out what can go of the accepted circuit, until nothing can; but for what is to stay."""
-    while leave_out(search, search, target, say, necessity, stay):
+def leave_out_all(search: Search, target: float, say, necessity: float) -> None:
+    """Leave out what can go of the accepted circuit, until nothing can."""
+    while leave_out(search, search, target, say, necessity):
         pass
 
 
@@ -152,7 +152,7 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
         goes = price <= NOISE + PATIENCE * max(0.0, promised)
         # only a node can make a circuit less necessary: the model loses all its edges in any case
         if goes and necessity > 0 and trial.size[0] < circuit.size[0]:
-            goes = search.loss_without(trial.mask) >= necessity
+            goes = search.is_needed(trial.mask, necessity)
             price = price if goes else math.inf
 
         if goes:
@@ -174,9 +174,10 @@ def quiet(text: str) -> None:
 def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float, say,
                    necessity: float, last: int) -> bool:
     """Let parts of `pool` back into the accepted circuit, one at a time, those first that help the
-    most by what `pricer` says, and leave out what can then go. What is smaller is accepted. Returns
-    whether any was. No part comes back once `search` has done its `last` fit."""
-    if search.n_fits >= last:
+    most, and leave out what can then go; `pricer` says what helps and what it costs. What is
+    smaller is accepted. Returns whether any was. No part comes back once the two searches have run
+    circuits on `last` pairs between them."""
+    if search.pairs_run + pricer.pairs_run >= last:
         return False
     before = search.accepted
     limit = pricer.start_from(before.mask, before.edges).loss
@@ -190,14 +191,15 @@ def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float,
 
     circuit = before
     for _, part in helpful[:EXCHANGES]:
-        if search.n_fits >= last:
+        if search.pairs_run + pricer.pairs_run >= last:
             break
         larger = with_part(search, circuit, part, pool)
         if larger is None:  # an earlier one has brought it along
             continue
         added = search.start_from(*larger)
+        pricer.start_from(*larger)
         stay = set(parts_of(added, search.tie_qk)) - set(parts_of(circuit, search.tie_qk))
-        leave_out_all(search, target, quiet, necessity, stay)
+        leave_out(search, pricer, target, quiet, necessity, stay)
         found = search.accepted
         # The part that came back can make a circuit less necessary, and edges that went do not say.
         if by_edges(found) < by_edges(circuit) and search.meets(found, target, necessity):

@@ -14,8 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,7 @@ from torch import Tensor
 from circuit import Nodes, where_held
 from circuit_file import Found, content_of, read_circuit, write_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
-from data.workers import begin_worker, cores, worker_pool
-from find import FindConfig, find
+from find import FindConfig, find, in_processes
 from model import GPT, config_of, device_of
 from model_files import weights_hash
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of,
@@ -49,7 +47,6 @@ class PruneConfig(FindConfig):
     data: str = "data/tinypython"   # for the means: train.bin
     tokenizer: str = "data/tinypython/tokenizer.tiktoken"
     device: str = one_of("cpu", "cuda")
-    jobs: int = bounded(1, at_least=1)  # with --task=all: processes at a time
     ablation: str = one_of("mean", "zero")  # what a node outside the circuit is held at
     mean_tokens: int = bounded(65536, at_least=1)
     window: int = bounded(0, at_least=0)  # tokens of it at a time; 0 = as many as in training
@@ -275,36 +272,6 @@ def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> l
     return circuits
 
 
-def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
-    """f of each item, `jobs` processes at a time; in place of a ValueError or OSError, its text.
-
-    Exits with one line where the system kills a process. Whatever ends this process, none of the
-    others outlives it.
-    """
-    threads = max(1, cores() // jobs)
-    try:
-        with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
-            # not pool.map: what it cancels when a signal ends this process, the pool may fail on
-            begun = [pool.submit(result_or_reason, f, item) for item in items]
-            return [future.result() for future in begun]
-    except BrokenProcessPool:
-        die("a process was killed, perhaps for want of memory; what was finished is kept: "
-            "run it again with fewer --jobs")
-
-
-def _begin_worker(threads: int, parent: int) -> None:
-    torch.set_num_threads(threads)
-    begin_worker(parent)
-
-
-def result_or_reason(f: Callable, item):
-    """f(item), or the text of its ValueError or OSError: one item's failure ends no other."""
-    try:
-        return f(item)
-    except (ValueError, OSError) as e:
-        return str(e)
-
-
 def one_of_all(cfg: PruneConfig, task: str) -> list[dict]:
     """A task's circuits, found unless they are there; each line stands under the task's name."""
     def say(text: str) -> None:
@@ -314,7 +281,8 @@ def one_of_all(cfg: PruneConfig, task: str) -> list[dict]:
 
 def prune_all(cfg: PruneConfig) -> None:
     """Every task, `jobs` at a time; then a table for each target."""
-    results = dict(zip(TASKS, in_processes(partial(one_of_all, cfg), TASKS, cfg.jobs)))
+    one = partial(one_of_all, replace(cfg, jobs=1))  # in a task's own process its starts take turns
+    results = dict(zip(TASKS, in_processes(one, TASKS, cfg.jobs)))
     solved = {}
     for task, result in results.items():
         if isinstance(result, str):

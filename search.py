@@ -57,7 +57,7 @@ class Search:
 
         with torch.no_grad():
             self.live = Live(model, constants, pairs) if serves(model) else None
-        self.n_fits = 0  # for those who have only so many
+        self.pairs_run = 0  # pairs on which circuits were run, for those who have only so many
         # the accepted circuit, prepared, and what each sublayer writes for each batch
         self.accepted: Circuit | None = None
         self.ready = None
@@ -67,7 +67,6 @@ class Search:
     def fit(self, mask: Nodes, edges: Edges, target: float = math.inf) -> Circuit:
         """Drop the nodes without a path and calibrate (paper A.5). The circuit's loss, in nats, is
         inf where it is above `target` or not a number."""
-        self.n_fits += 1
         mask = drop_unconnected(self.model, mask, self.answers, edges)
         circuit = Circuit(mask, between(self.model, mask, edges), 1.0, 0.0, math.inf)
         run, ready = self._runner(circuit)
@@ -81,6 +80,7 @@ class Search:
             writes.append(written)
             margin.append(margin_of(logits, part))
             seen += 2 * len(part)
+            self.pairs_run += len(part)
             if seen < min(ask, n_prompts):
                 continue
             ask = 2 * seen  # calibrating, too, takes time
@@ -132,7 +132,7 @@ class Search:
         """Whether a circuit is as good as asked on its own, and missed as much as asked."""
         if not circuit.loss <= target:
             return False
-        return necessity == 0 or self.loss_without(circuit.mask) >= necessity
+        return necessity == 0 or self.is_needed(circuit.mask, necessity)
 
     def fewest(self, fitted: Callable[[int], Circuit], low: int, high: int, best: Circuit,
                target: float, necessity: float) -> Circuit:
@@ -147,6 +147,17 @@ class Search:
             else:
                 low = middle
         return best
+
+    def is_needed(self, mask: Nodes, necessity: float) -> bool:
+        """Whether `loss_without` is at least `necessity` nats. No prompt has a negative loss, so it
+        is known as soon as those seen have that much between them."""
+        nodes = inverse(mask, self.constants)
+        total = 0.0
+        for part in self.batches:
+            total += loss_of(margins(self.whole, part, nodes)) * len(part)
+            if total >= necessity * self.n_pairs:
+                return True
+        return False
 
     def loss_without(self, mask: Nodes) -> float:
         """Nats of the whole model with only the nodes of `mask` ablated: necessity (paper 2.2)."""

@@ -1,4 +1,6 @@
 """find.py: rankings, bisection, several starts, and circuits joined; each against plain sums over hand-made models."""
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ from ablations import Varied
 from circuit import all_edges, host
 from model import GPT
 from search import Search
+from tasks import margins
 from toy import (CIRCUIT, all_nodes, as_mask, hand_made, kept_of, nats, one_thread, parallel_model, plain_margins, scaled,  # noqa: F401
                  toy_circuit, toy_pairs, toy_setup)
 
@@ -52,46 +55,108 @@ def test_necessity_of_a_standalone_circuit_is_the_whole_models(tmp_path):
     assert search.loss_without(mask) == pytest.approx(nats(without), rel=1e-4)
 
 
+def test_whether_a_circuit_is_needed_is_known_as_soon_as_the_prompts_seen_say_so(tmp_path, monkeypatch):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model())
+    search = Search(model, constants, toy_pairs(24), batch=4)
+    mask = as_mask(model, CIRCUIT)
+    without = search.loss_without(mask)
+    batches = []
+
+    def counted(model, pairs, nodes):
+        batches.append(len(pairs))
+        return margins(model, pairs, nodes)
+
+    monkeypatch.setattr("search.margins", counted)
+    for necessity, needed, most in ((without - 1e-4, True, 6), (without + 1e-4, False, 6), (without / 12, True, 3)):
+        batches.clear()
+        assert search.is_needed(mask, necessity) is needed and len(batches) <= most
+    assert without > 0.1
+
+
 # --- several starts -------------------------------------------------------------------------------
 
-def test_of_several_starts_the_smallest_circuit_that_holds_on_pairs_set_apart_counts(monkeypatch):
+@pytest.fixture
+def several(monkeypatch):
+    """circuit: of so many edges and losses; best: the one that is chosen, and the aims of each round of starts, as shares of the target."""
     def circuit(edges, loss, apart, error=0.01, certificate=1):
         return SimpleNamespace(size=(edges + 1, edges), loss=loss, loss_apart=apart, error_apart=error, starts=None, certificate=certificate)
 
-    cfg, said = find.FindConfig(), []
+    said = []
     monkeypatch.setattr(find, "replace", lambda c, **change: SimpleNamespace(**{**vars(c), **change}))
     monkeypatch.setattr(find, "with_loss_apart", lambda search, c, apart: c)
 
-    def best(*by_slack, joined=(None, None, None)):
+    def best(*rounds, joined=(None, None, None), minimal=True):
         asked = []
 
-        def smallest(search, gates, ranking, aim, target, cfg, say):
-            asked.append(round(aim / target, 3))
-            return by_slack[find.SLACKS.index(asked[-1])][ranking]
+        def from_starts(search, gates, starts, aim, cfg, say):
+            asked.append(round(aim / 0.15, 3))
+            return [find.Start(0, None, c) for c in rounds[len(asked) - 1]]
 
         def join(search, circuits, aim, cfg, say):
             return joined[find.SLACKS.index(round(aim / 0.15, 3))] if circuits else None
 
-        monkeypatch.setattr(find, "smallest", smallest)
+        monkeypatch.setattr(find, "from_starts", from_starts)
         monkeypatch.setattr(find, "join", join)
-        return find.best_start(None, None, None, range(len(by_slack[0])), None, 0.15, cfg, said.append), asked
+        return find.best_start(None, None, None, None, find.FindConfig(minimal=minimal), said.append), asked
 
+    return circuit, best, said
+
+
+def test_of_several_starts_the_smallest_circuit_that_holds_on_pairs_set_apart_counts(several):
+    circuit, best, said = several
     found, asked = best([circuit(9, 0.13, 0.14), circuit(5, 0.13, 0.149), circuit(3, 0.13, 0.2)])
-    assert found.size[1] == 5 and asked == 3 * [0.9] and found.starts == [(10, 9, 0.14), (6, 5, 0.149), (4, 3, 0.2)]
-    found, asked = best([circuit(5, 0.13, 0.149, error=0.02)], [circuit(6, 0.11, 0.13)])  # that may be luck: further below the target
-    assert found.size[1] == 6 and asked == [0.9, 0.75] and "none holds" in said[-1]
-    found, asked = best([circuit(5, 0.13, 0.17)], [circuit(6, 0.11, 0.2)], [circuit(7, 0.09, 0.3)])  # not even then: the best of all
-    assert found.size[1] == 5 and asked == [0.9, 0.75, 0.6] and len(found.starts) == 3
-    found, asked = best([circuit(5, 0.2, 0.1), circuit(4, 0.3, 0.1)])  # none meets it: the loss says so
-    assert found.size[1] == 5 and asked == 2 * [0.9]
+    assert found.size[1] == 5 and asked == [0.6] and found.starts == [(10, 9, 0.14), (6, 5, 0.149), (4, 3, 0.2)]
     # what is joined counts as well; where it must go further below, the starts need not be made again
-    found, asked = best([circuit(5, 0.13, 0.17), circuit(6, 0.13, 0.14)], joined=(circuit(4, 0.13, 0.14), None, None))
-    assert found.size[1] == 4 and asked == 2 * [0.9] and len(found.starts) == 3
-    found, asked = best([circuit(5, 0.13, 0.17)], joined=(circuit(4, 0.13, 0.17), circuit(7, 0.11, 0.14), None))
-    assert found.size[1] == 7 and asked == [0.9] and len(found.starts) == 3
-    # one that is not minimal cannot be joined
-    found, asked = best([circuit(5, 0.13, 0.14, certificate=None)], joined=(circuit(4, 0.13, 0.14), None, None))
-    assert found.size[1] == 5
+    found, asked = best([circuit(5, 0.09, 0.17), circuit(6, 0.09, 0.14)], joined=(circuit(4, 0.13, 0.14), None, None))
+    assert found.size[1] == 4 and asked == [0.6] and len(found.starts) == 3
+    found, asked = best([circuit(5, 0.09, 0.17)], joined=(circuit(4, 0.13, 0.149, error=0.02), circuit(7, 0.11, 0.14), None))
+    assert found.size[1] == 7 and asked == [0.6] and len(found.starts) == 3 and "none holds" in said[-1]  # the first may be luck
+    found, asked = best([circuit(5, 0.09, 0.17)], joined=(circuit(4, 0.13, 0.18), circuit(6, 0.11, 0.16), None))
+    assert found.size[1] == 6 and len(found.starts) == 3  # none does: the best of all
+    # a start that is not minimal, as where no circuit is so far below, cannot be joined
+    plain = [circuit(9, 0.13, 0.14, certificate=None)]
+    found, asked = best(plain, [circuit(6, 0.11, 0.14)], joined=(circuit(4, 0.13, 0.14), None, None))
+    assert found.size[1] == 4 and asked == [0.6, 0.75]
+    found, asked = best(plain, plain, plain, joined=(circuit(4, 0.13, 0.14), None, None))
+    assert found.size[1] == 9 and asked == [0.6, 0.75, 0.9]
+
+
+def test_of_starts_that_are_not_minimal_none_is_joined_but_all_go_further_below(several):
+    circuit, best, said = several
+    found, asked = best([circuit(5, 0.13, 0.149)], minimal=False)
+    assert found.size[1] == 5 and asked == [0.9]
+    found, asked = best([circuit(5, 0.13, 0.149, error=0.02)], [circuit(6, 0.11, 0.13)], minimal=False)
+    assert found.size[1] == 6 and asked == [0.9, 0.75] and "none holds" in said[-1]
+    found, asked = best([circuit(5, 0.13, 0.17)], [circuit(6, 0.11, 0.2)], [circuit(7, 0.09, 0.3)], minimal=False)
+    assert found.size[1] == 5 and asked == [0.9, 0.75, 0.6] and len(found.starts) == 3
+    found, asked = best([circuit(5, 0.2, 0.1), circuit(4, 0.3, 0.1)], minimal=False)  # none meets it: the loss says so
+    assert found.size[1] == 5 and asked == [0.9]
+
+
+def test_starts_in_processes_end_as_they_do_in_turn(tmp_path, capfd):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model(cross=-0.3), minimal=True, starts=3, target_loss=(0.5,))
+    apart = toy_pairs(200, "heldout")
+    circuits = []
+    for jobs in (1, 2):
+        (circuit,) = find.find(model, toy_pairs(256), apart, constants, replace(cfg, jobs=jobs), lambda text: None)
+        circuits.append(circuit)
+    one, two = circuits
+    assert one.starts == two.starts and len(one.starts) == 4 and one.loss == two.loss
+    assert kept_of(one.mask) == kept_of(two.mask)
+    said = capfd.readouterr().out
+    assert all(f"[start {i}] " in said for i in range(3))
+
+
+def unlearnt(*_):
+    raise ValueError("no gradient")
+
+
+def test_what_ends_a_start_in_its_process_is_said_by_the_run(tmp_path, monkeypatch):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model(), minimal=True, starts=2, jobs=2)
+    monkeypatch.setattr(find, "from_start", unlearnt)
+    monkeypatch.setattr(find, "in_processes", lambda f, items, jobs: [find.result_or_reason(f, item) for item in items])
+    with pytest.raises(ValueError, match="no gradient"):
+        list(find.find(model, toy_pairs(256), None, constants, cfg, lambda text: None))
 
 
 def test_circuits_joined_give_what_none_of_them_alone_could_on_more_pairs(tmp_path):
@@ -135,3 +200,19 @@ def test_a_varied_circuit_is_judged_on_pairs_set_apart_by_its_worst_ablation(tmp
     worst = varied.varied.worst(circuit, apart.first(len(varied.quarter)))
     assert worst > at_means + 0.01
     assert find.with_loss_apart(varied, circuit, apart).loss_apart == pytest.approx(worst)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+def die_by_signal(item):
+    os.kill(os.getpid(), signal.SIGKILL) if item == 2 else None
+    return item
+
+
+def test_a_killed_process_is_one_line(capsys):
+    assert find.in_processes(int, ["1", "x"], 2) == [1, "invalid literal for int() with base 10: 'x'"]
+    assert find.in_processes(abs, [-1, 2, -3], 2) == [1, 2, 3]
+    with pytest.raises(SystemExit) as e:
+        find.in_processes(die_by_signal, [1, 2, 3], 1)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and "--jobs" in err

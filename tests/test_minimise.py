@@ -228,10 +228,11 @@ def test_a_part_comes_back_where_others_can_then_go(tmp_path, monkeypatch):
     assert all(search.fit_without(stuck, [part]).loss > target for part in parts_of(stuck)) and stuck.size == (5, 4)
     pricer = Search(model, constants, pairs.first(6))
 
-    def exchanged(necessity, fits=1000):
-        return exchange_parts(search, pricer, pool, target, lambda text: None, necessity, search.n_fits + fits)
+    def exchanged(necessity, pairs=24_000):
+        last = search.pairs_run + pricer.pairs_run + pairs
+        return exchange_parts(search, pricer, pool, target, lambda text: None, necessity, last)
 
-    assert not exchanged(0.0, fits=0) and search.accepted is stuck
+    assert not exchanged(0.0, pairs=0) and search.accepted is stuck
     assert exchanged(0.0)
     got = search.accepted
     assert kept_of(got.mask) == {"0.attn.act_in": [0, 1], "0.attn.v": [2], "0.attn.resid_delta": [5]}
@@ -241,7 +242,7 @@ def test_a_part_comes_back_where_others_can_then_go(tmp_path, monkeypatch):
     # what the model must miss binds here as well
     search.fit(stuck.mask, stuck.edges)
     search.accept()
-    monkeypatch.setattr(search, "loss_without", lambda mask: 0.1 if mask["0.attn.v"][2] else 0.9)
+    monkeypatch.setattr(search, "is_needed", lambda mask, necessity: necessity < (0.1 if mask["0.attn.v"][2] else 0.9))
     assert not exchanged(0.5)
     same_parts(search.accepted, stuck.mask, stuck.edges)
 
@@ -249,7 +250,7 @@ def test_a_part_comes_back_where_others_can_then_go(tmp_path, monkeypatch):
         search.fit(got.mask, got.edges)
         search.accept()
 
-    monkeypatch.setattr(minimise_module, "leave_out_all", only_edges_go)
+    monkeypatch.setattr(minimise_module, "leave_out", only_edges_go)
     assert not exchanged(0.5)
     same_parts(search.accepted, stuck.mask, stuck.edges)
 

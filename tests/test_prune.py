@@ -2,9 +2,7 @@
 import hashlib
 import json
 import math
-import os
 import re
-import signal
 from collections import defaultdict
 from concurrent.futures import Executor, Future
 from dataclasses import replace
@@ -19,7 +17,7 @@ from data import workers
 from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
 from circuit_file import circuit_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
-from find import SLACKS
+from find import SLACKS, result_or_reason
 from model import GPT, GPTConfig, record
 from model_files import weights_hash
 from masks import Gates, attribution, learn_masks, mend_
@@ -565,20 +563,6 @@ def test_a_task_is_redone_where_its_settings_its_file_or_the_model_changed(every
     assert [k.split("/")[0] for k in sorted(second) if second[k] != first[k]] == redone
 
 
-def die_by_signal(item):
-    os.kill(os.getpid(), signal.SIGKILL) if item == 2 else None
-    return item
-
-
-def test_a_killed_process_is_one_line(capsys):
-    assert prune.in_processes(int, ["1", "x"], 2) == [1, "invalid literal for int() with base 10: 'x'"]
-    assert prune.in_processes(abs, [-1, 2, -3], 2) == [1, 2, 3]
-    with pytest.raises(SystemExit) as e:
-        prune.in_processes(die_by_signal, [1, 2, 3], 1)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count("\n") == 1 and "--jobs" in err
-
-
 def test_two_jobs_write_the_circuits_that_one_writes(model_dir, tmp_path, capsys):
     model = GPT(GPTConfig(**{**SHAPE, "vocab_size": 2048, "block_size": 64, "n_layer": 1})).requires_grad_(False)
     tokenizer = load_tokenizer(DEFAULT)
@@ -597,7 +581,7 @@ def test_two_jobs_write_the_circuits_that_one_writes(model_dir, tmp_path, capsys
     cfg = replace(prune.parse(prune.PruneConfig, [f"--{k}={v}" for k, v in small.items()]), out_dir=f"{tmp_path}/one")
     out = capsys.readouterr().out
     for task in TASKS:
-        got, path = prune.result_or_reason(partial(prune.one_of_all, cfg), task), tmp_path / "two" / task / "circuit.json"
+        got, path = result_or_reason(partial(prune.one_of_all, cfg), task), tmp_path / "two" / task / "circuit.json"
         if isinstance(got, str):
             assert f"{task}: no circuit: {got}" in out and not path.exists()
         else:

@@ -23,10 +23,10 @@ from config import write_atomic
 
 from circuit_file import write_circuit
 from data.workers import cores
+from find import in_processes
 from minimise import quiet
 from model_files import weights_hash
-from prune import (PruneConfig, already_pruned, in_processes, load, path_of, prune,
-                   settings_in_file)
+from prune import PruneConfig, already_pruned, load, path_of, prune, settings_in_file
 from tasks import task_of
 from tokens import read_data
 from tools.formation import read_log
