@@ -13,7 +13,7 @@ prune.py is the command: it loads the model, the means and the pairs, and writes
 """
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +37,8 @@ from search import Search
 from tasks import Pairs, calibrated
 
 # The search aims this far below the target on the pairs that it looks at, so that others meet it
-# too; and further where pairs set apart say that this was not enough.
+# too; and further where pairs set apart say that this was not enough. Starts that are to be joined
+# begin with the last.
 SLACKS = (0.9, 0.75, 0.6)
 HELD_OUT = 0.01   # nats by which pairs that it was not found on may put a circuit above its target
 WIDE = (2, 1)  # times the gates that learning left open: what minimising starts from
@@ -177,57 +178,75 @@ def find(model: GPT, pairs: Pairs, apart: Pairs | None, constants: Nodes, cfg: F
 def best_start(few: Search, many: Search, gates: Gates, apart: Pairs | None, cfg: FindConfig,
                say=print) -> Circuit:
     """The circuit with the fewest edges that also holds on pairs set `apart` (None: any holds), of
-    those of several starts, and, where they are minimal, of all of them joined and made minimal on
-    more pairs. Where none holds, further below the target, and in the end the one with the lowest
-    loss on the pairs set apart. One that is minimal comes before one that is not.
+    all that are tried; where none holds, the one with the lowest loss there. One that is minimal
+    comes before one that is not.
 
     few, many: fit circuits to fit_pairs, and to join_pairs.
     """
     (target,) = cfg.target_loss
-    tried = []
-    for found in in_turn(few, many, gates, cfg, say):
-        for search, circuit in found:
-            tried.append(with_loss_apart(search, circuit, apart))
-        met = [circuit for circuit in tried if circuit.loss <= target]
-        held = [circuit for circuit in met if holds(circuit, target)]
-        if held:
-            chosen = min(held, key=lambda c: (c.certificate is None, c.size[1], c.size[0]))
-            break
-        if not met:  # nor would it be met further below
-            chosen = min(tried, key=lambda circuit: circuit.loss)
-            break
+    if cfg.minimal:
+        tried = minimal_and_joined(few, many, gates, apart, cfg, say)
+    else:
+        tried = further_below(few, gates, apart, cfg, say)
+    met = [circuit for circuit in tried if circuit.loss <= target]
+    held = [circuit for circuit in met if holds(circuit, target)]
+    if held:
+        chosen = min(held, key=lambda c: (c.certificate is None, c.size[1], c.size[0]))
+    elif met:
         chosen = min(met, key=lambda circuit: circuit.loss_apart)
         say(f"  none holds on pairs set apart (the best has {chosen.loss_apart:.3f} nats)")
+    else:
+        chosen = min(tried, key=lambda circuit: circuit.loss)
     sizes = [(*circuit.size, circuit.loss_apart) for circuit in tried]
     return replace(chosen, starts=sizes)
 
 
-def in_turn(few: Search, many: Search, gates: Gates, cfg: FindConfig,
-            say=print) -> Iterator[list[tuple[Search, Circuit]]]:
-    """What `best_start` tries until a circuit holds, each with the search that fitted it."""
+def further_below(search: Search, gates: Gates, apart: Pairs | None, cfg: FindConfig,
+                  say=print) -> list[Circuit]:
+    """The circuits of all starts; where none holds on pairs set `apart`, they go further below the
+    target."""
     (target,) = cfg.target_loss
     starts = [Start(seed) for seed in seeds_of(cfg)]
-    if not cfg.minimal:
-        for slack in SLACKS:
-            starts = from_starts(few, gates, starts, slack * target, cfg, say)
-            yield [(few, start.circuit) for start in starts]
-        return
-
-    # The starts go as far below the target as they can. It leaves more to choose from when they are
-    # joined; and where that does not hold, they are joined again further below, not made again.
-    for slack in reversed(SLACKS):
-        starts = from_starts(few, gates, starts, slack * target, cfg, say)
-        minimal = [start.circuit for start in starts if start.circuit.certificate is not None]
-        if minimal:
+    tried = []
+    for slack in SLACKS:
+        starts = from_starts(search, gates, starts, slack * target, cfg, say)
+        found = [with_loss_apart(search, start.circuit, apart) for start in starts]
+        tried += found
+        if any(circuit.loss <= target and holds(circuit, target) for circuit in found):
             break
-    found = [(few, start.circuit) for start in starts]
+        if all(circuit.loss > target for circuit in found):  # nor would they further below
+            break
+    return tried
+
+
+def minimal_and_joined(few: Search, many: Search, gates: Gates, apart: Pairs | None,
+                       cfg: FindConfig, say=print) -> list[Circuit]:
+    """The minimal circuits of all starts, and what became of them joined and made minimal on more
+    pairs; where that does not hold on pairs set `apart`, they are joined again further below the
+    target.
+
+    The starts are not made again for that. They go as far below the target as they can from the
+    beginning, which also leaves more to choose from when they are joined.
+    """
+    (target,) = cfg.target_loss
+    starts = [Start(seed) for seed in seeds_of(cfg)]
+    for slack in reversed(SLACKS):
+        done = [start for start in starts if start.is_minimal]
+        rest = [start for start in starts if not start.is_minimal]
+        rest = from_starts(few, gates, rest, slack * target, cfg, say)
+        starts = done + rest
+        if all(start.is_minimal or start.circuit.loss > target for start in starts):
+            break
+    tried = [with_loss_apart(few, start.circuit, apart) for start in starts]
+    minimal = [start.circuit for start in starts if start.is_minimal]
     for slack in SLACKS:
         joined = join(many, minimal, slack * target, cfg, say)
-        if joined is not None:
-            found.append((many, joined))
-        if found:
-            yield found
-        found = []
+        if joined is None:
+            break
+        tried.append(with_loss_apart(many, joined, apart))
+        if holds(tried[-1], target):
+            break
+    return tried
 
 
 class Start(NamedTuple):
@@ -235,6 +254,10 @@ class Start(NamedTuple):
     seed: int
     ranking: Ranking | None = None  # not learnt yet
     circuit: Circuit | None = None
+
+    @property
+    def is_minimal(self) -> bool:
+        return self.circuit is not None and self.circuit.certificate is not None
 
 
 def seeds_of(cfg: FindConfig) -> list[int]:
@@ -245,26 +268,28 @@ def seeds_of(cfg: FindConfig) -> list[int]:
 
 def from_starts(search: Search, gates: Gates, starts: list[Start], aim: float, cfg: FindConfig,
                 say=print) -> list[Start]:
-    """Each start's circuit at `aim` nats, `cfg.jobs` starts at a time."""
-    if cfg.jobs == 1 or len(starts) == 1:
+    """Each start's circuit at `aim` nats, `cfg.jobs` starts at a time; in processes of their own,
+    `say` must be a function that can be pickled."""
+    if cfg.jobs == 1 or len(starts) < 2:
         return [from_start(search, gates, start, aim, cfg, say) for start in starts]
     # as bytes: tensors as such would go through shared memory, of which a container has little
-    given = pickle.dumps((search, gates, aim, cfg))
-    found = in_processes(partial(_in_its_process, given), list(enumerate(starts)), cfg.jobs)
+    given = pickle.dumps((search, gates, aim, cfg, say))
+    numbered = [(i, pickle.dumps(start)) for i, start in enumerate(starts)]
+    found = in_processes(partial(_in_its_process, given), numbered, cfg.jobs)
     for result in found:
         if isinstance(result, str):
             raise ValueError(result)
-    return found
+    return [pickle.loads(result) for result in found]
 
 
-def _in_its_process(given: bytes, numbered: tuple[int, Start]) -> Start:
+def _in_its_process(given: bytes, numbered: tuple[int, bytes]) -> bytes:
     i, start = numbered
+    search, gates, aim, cfg, say = pickle.loads(given)
 
-    def say(text: str) -> None:
-        print(f"[start {i}] {text.strip()}", flush=True)
+    def say_which(text: str) -> None:
+        say(f"[start {i}] {text.strip()}")
 
-    search, gates, aim, cfg = pickle.loads(given)
-    return from_start(search, gates, start, aim, cfg, say)
+    return pickle.dumps(from_start(search, gates, pickle.loads(start), aim, cfg, say_which))
 
 
 def from_start(search: Search, gates: Gates, start: Start, aim: float, cfg: FindConfig,
@@ -276,7 +301,8 @@ def from_start(search: Search, gates: Gates, start: Start, aim: float, cfg: Find
         ranking = rank(search.model, search.drawn_from, search.constants, gates,
                        replace(cfg, seed=start.seed), say, search.varied)
     # several starts have parts for each other, and these are exchanged once they are joined
-    circuit = smallest(search, gates, ranking, aim, target, cfg, say, exchange=cfg.starts == 1)
+    single = len(seeds_of(cfg)) == 1
+    circuit = smallest(search, gates, ranking, aim, target, cfg, say, exchange=single)
     return Start(start.seed, ranking, circuit)
 
 
@@ -331,20 +357,20 @@ def holds(circuit: Circuit, target: float) -> bool:
 
 # --- several processes ------------------------------------------------------------------------
 
-def in_processes(f: Callable, items: Iterable, jobs: int) -> list:
+def in_processes(f: Callable, items: Sequence, jobs: int) -> list:
     """f of each item, `jobs` processes at a time; in place of a ValueError or OSError, its text.
 
     Exits with one line where the system kills a process. Whatever ends this process, none of the
     others outlives it.
     """
-    threads = max(1, cores() // jobs)
+    threads = max(1, cores() // min(jobs, max(1, len(items))))
     try:
         with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
             # not pool.map: what it cancels when a signal ends this process, the pool may fail on
             begun = [pool.submit(result_or_reason, f, item) for item in items]
             return [future.result() for future in begun]
     except BrokenProcessPool:
-        die("a process was killed, perhaps for want of memory; what was finished is kept: "
+        die("a process was killed, perhaps for want of memory; what it has written is kept: "
             "run it again with fewer --jobs")
 
 

@@ -179,10 +179,13 @@ def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float,
     circuits on `last` pairs between them."""
     if search.pairs_run + pricer.pairs_run >= last:
         return False
+    halfway = (search.pairs_run + pricer.pairs_run + last) / 2  # the rest is for the exchanges
     before = search.accepted
     limit = pricer.start_from(before.mask, before.edges).loss
     helpful = []  # (loss with it, part)
     for part in parts_of(pool, search.tie_qk):
+        if search.pairs_run + pricer.pairs_run >= halfway:
+            break
         larger = with_part(search, before, part, pool)
         trial = None if larger is None else pricer.fit(*larger, limit)
         if trial is not None and trial.loss < limit:

@@ -248,7 +248,7 @@ def test_tied_a_query_and_the_key_that_it_meets_are_one_part_and_go_together(tmp
 
 def test_tied_gates_are_ranked_and_kept_as_one(tmp_path):
     from masks import Gates
-    from prune import Ranking, leading_gates
+    from find import Ranking, leading_gates
     model = random_model(std=0.8)
     constants = {s: torch.randn(len(m)) for s, m in all_nodes(model).items()}
     search, gates = Search(model, constants, toy_pairs(8), tie_qk=True), Gates(model, tie_qk=True)

@@ -563,6 +563,20 @@ def test_a_task_is_redone_where_its_settings_its_file_or_the_model_changed(every
     assert [k.split("/")[0] for k in sorted(second) if second[k] != first[k]] == redone
 
 
+def test_of_several_tasks_none_starts_processes_of_its_own(monkeypatch):
+    seen = []
+
+    def one_of_all(cfg, task):
+        seen.append(cfg.jobs)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(prune, "one_of_all", one_of_all)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
+    with pytest.raises(SystemExit):
+        prune.prune_all(prune.PruneConfig(task="all", jobs=3))
+    assert seen == [1] * len(TASKS)
+
+
 def test_two_jobs_write_the_circuits_that_one_writes(model_dir, tmp_path, capsys):
     model = GPT(GPTConfig(**{**SHAPE, "vocab_size": 2048, "block_size": 64, "n_layer": 1})).requires_grad_(False)
     tokenizer = load_tokenizer(DEFAULT)
