@@ -16,7 +16,8 @@ from model import GPT
 from model_files import weights_hash
 from steer import rms_ratio
 from tasks import TASKS
-from test_bridge import plain, refused, rotated
+from test_bridge import refused
+from test_coupled import plain, rotated
 from test_train import as_alone  # noqa: F401
 from toy import TOY, Digits, hand_made, random_model, toy_circuit
 
