@@ -184,9 +184,9 @@ def test_cutting_an_edge_alone_is_what_it_is_by_hand():
     every = all_edges(model)
     edges = []
     for (a, b), kept in every.items():
-        n = random.randrange(len(kept))
         wires = formation_steps.graph_of(model).wires[a, b]
-        edges.append((a, int(wires.source[n]), b, int(wires.to[n])))
+        for n in random.sample(range(len(kept)), 3):
+            edges.append((a, int(wires.source[n]), b, int(wires.to[n])))
     found = formation_steps.costs_of_cuts(model, means, edges, pairs)
     before = nats(margins(model, pairs))
     for (a, j, b, i), cost in zip(edges, found, strict=True):
@@ -195,7 +195,7 @@ def test_cutting_an_edge_alone_is_what_it_is_by_hand():
         # all nodes are in, so nothing is held but what is cut
         after = nats(plain_margins(model, all_nodes(model), less, means, pairs))
         assert cost == pytest.approx(after - before, abs=1e-5)
-    assert max(map(abs, found)) > 1e-3
+    assert max(map(abs, found)) > 1e-4  # ten times what may differ: some of them matter
 
 
 def test_cuts_of_many_batches_are_those_of_one(monkeypatch):
