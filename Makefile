@@ -57,7 +57,7 @@ $(OUT)/finished: | $(DATA)/meta.json
 	@touch $@
 
 $(OUT)/$(TASK)/circuit.json: $(OUT)/finished
-	@echo "== 3/4 prune to the circuit of $(TASK) (two to five minutes on 2 cores; three starts at once, which are then joined)"
+	@echo "== 3/4 prune to the circuit of $(TASK) (two to nine minutes on 2 cores; three starts at once, which are then joined)"
 	$(PY) prune.py --config=configs/demo_prune.toml --model=$(OUT) --task=$(TASK)
 
 bridge: $(STEERED:%=$(BRIDGE)/steer/%/steer.json)
