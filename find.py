@@ -13,7 +13,7 @@ prune.py is the command: it loads the model, the means and the pairs, and writes
 """
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
@@ -357,7 +357,7 @@ def holds(circuit: Circuit, target: float) -> bool:
 
 # --- several processes ------------------------------------------------------------------------
 
-def in_processes(f: Callable, items: Sequence, jobs: int) -> list:
+def in_processes(f: Callable, items: Collection, jobs: int) -> list:
     """f of each item, `jobs` processes at a time; in place of a ValueError or OSError, its text.
 
     Exits with one line where the system kills a process. Whatever ends this process, none of the

@@ -177,14 +177,17 @@ def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float,
     most, and leave out what can then go; `pricer` says what helps and what it costs. What is
     smaller is accepted. Returns whether any was. No part comes back once the two searches have run
     circuits on `last` pairs between them."""
-    if search.pairs_run + pricer.pairs_run >= last:
+    def run() -> int:
+        return search.pairs_run + pricer.pairs_run
+
+    if run() >= last:
         return False
-    halfway = (search.pairs_run + pricer.pairs_run + last) / 2  # the rest is for the exchanges
+    halfway = (run() + last) / 2  # the rest is for the exchanges
     before = search.accepted
     limit = pricer.start_from(before.mask, before.edges).loss
     helpful = []  # (loss with it, part)
     for part in parts_of(pool, search.tie_qk):
-        if search.pairs_run + pricer.pairs_run >= halfway:
+        if run() >= halfway:
             break
         larger = with_part(search, before, part, pool)
         trial = None if larger is None else pricer.fit(*larger, limit)
@@ -194,7 +197,7 @@ def exchange_parts(search: Search, pricer: Search, pool: Circuit, target: float,
 
     circuit = before
     for _, part in helpful[:EXCHANGES]:
-        if search.pairs_run + pricer.pairs_run >= last:
+        if run() >= last:
             break
         larger = with_part(search, circuit, part, pool)
         if larger is None:  # an earlier one has brought it along

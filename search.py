@@ -7,7 +7,7 @@
 What find.py bisects by, minimise.py leaves parts out by, and controls.py compares by.
 """
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -151,21 +151,22 @@ class Search:
     def is_needed(self, mask: Nodes, necessity: float) -> bool:
         """Whether `loss_without` is at least `necessity` nats. No prompt has a negative loss, so it
         is known as soon as those seen have that much between them."""
-        nodes = inverse(mask, self.constants)
         total = 0.0
-        for part in self.batches:
-            total += loss_of(margins(self.whole, part, nodes)) * len(part)
+        for nats in self._nats_without(mask):
+            total += nats
             if total >= necessity * self.n_pairs:
                 return True
         return False
 
     def loss_without(self, mask: Nodes) -> float:
         """Nats of the whole model with only the nodes of `mask` ablated: necessity (paper 2.2)."""
+        return sum(self._nats_without(mask)) / self.n_pairs
+
+    def _nats_without(self, mask: Nodes) -> Iterator[float]:
+        """Of each batch in turn: that loss, times the batch's pairs."""
         nodes = inverse(mask, self.constants)
-        total = 0.0
         for part in self.batches:
-            total += loss_of(margins(self.whole, part, nodes)) * len(part)
-        return total / sum(len(part) for part in self.batches)
+            yield loss_of(margins(self.whole, part, nodes)) * len(part)
 
 
 # --- the parts of a circuit ------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_cutting_an_edge_alone_is_what_it_is_by_hand():
         # all nodes are in, so nothing is held but what is cut
         after = nats(plain_margins(model, all_nodes(model), less, means, pairs))
         assert cost == pytest.approx(after - before, abs=1e-5)
-    assert max(map(abs, found)) > 1e-4  # ten times what may differ: some of them matter
+    assert max(map(abs, found)) > 1e-3
 
 
 def test_cuts_of_many_batches_are_those_of_one(monkeypatch):
