@@ -13,14 +13,13 @@ prune.py is the command: it loads the model, the means and the pairs, and writes
 """
 import math
 import pickle
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import bounded, die, one_of
+from config import bounded, one_of
 
 import numpy as np
 import torch
@@ -29,10 +28,10 @@ from torch import Tensor
 
 from ablations import Varied
 from circuit import Circuit, Nodes, all_edges, alone, host
-from data.workers import begin_worker, cores, worker_pool
 from masks import Gates, MaskConfig, attribution, learn_masks
 from minimise import minimise
 from model import GPT
+from processes import in_processes
 from search import Search
 from tasks import Pairs, calibrated
 
@@ -353,35 +352,3 @@ def holds(circuit: Circuit, target: float) -> bool:
         return True
     by_luck = circuit.loss_apart + circuit.error_apart > target + HELD_OUT
     return circuit.loss_apart <= target and not by_luck
-
-
-# --- several processes ------------------------------------------------------------------------
-
-def in_processes(f: Callable, items: Collection, jobs: int) -> list:
-    """f of each item, `jobs` processes at a time; in place of a ValueError or OSError, its text.
-
-    Exits with one line where the system kills a process. Whatever ends this process, none of the
-    others outlives it.
-    """
-    threads = max(1, cores() // min(jobs, max(1, len(items))))
-    try:
-        with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
-            # not pool.map: what it cancels when a signal ends this process, the pool may fail on
-            begun = [pool.submit(result_or_reason, f, item) for item in items]
-            return [future.result() for future in begun]
-    except BrokenProcessPool:
-        die("a process was killed, perhaps for want of memory; what it has written is kept: "
-            "run it again with fewer --jobs")
-
-
-def _begin_worker(threads: int, parent: int) -> None:
-    torch.set_num_threads(threads)
-    begin_worker(parent)
-
-
-def result_or_reason(f: Callable, item):
-    """f(item), or the text of its ValueError or OSError: one item's failure ends no other."""
-    try:
-        return f(item)
-    except (ValueError, OSError) as e:
-        return str(e)

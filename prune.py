@@ -29,9 +29,10 @@ from torch import Tensor
 from circuit import Nodes, where_held
 from circuit_file import Found, content_of, read_circuit, write_circuit
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
-from find import FindConfig, find, in_processes
+from find import FindConfig, find
 from model import GPT, config_of, device_of
 from model_files import weights_hash
+from processes import in_processes
 from tasks import (TASKS, Pairs, Task, calibrate, calibrated, load_model, load_pairs, loss_of,
                    margins, rows_at_once, task_of)
 from tokens import check_tokenizer, fingerprint, random_windows, read_side, window_of

@@ -33,12 +33,13 @@ from config import as_script, bounded, die, one_of, out_of_bounds, parse
 from circuit_file import circuit_of, read_circuit, write_circuit
 from controls import CONTROLS, Subject, factor_of, run_control
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
-from find import HELD_OUT, in_processes, result_or_reason
+from find import HELD_OUT
 from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, Case, agreement, complement, frozen_norms,
                       generalisation, idle, necessity, necessity_refit, resample, resample_task,
                       standalone, sufficiency, zero_ablation)
 from model import device_of
 from model_files import weights_hash
+from processes import in_processes, result_or_reason
 from prune import PruneConfig
 from tasks import Pairs, Task, load_model, load_pairs, task_of
 from tokens import check_tokenizer, window_of

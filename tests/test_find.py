@@ -1,6 +1,4 @@
 """find.py: rankings, bisection, several starts, and circuits joined; each against plain sums over hand-made models."""
-import os
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -221,19 +219,3 @@ def test_a_varied_circuit_is_judged_on_pairs_set_apart_by_its_worst_ablation(tmp
     worst = varied.varied.worst(circuit, apart.first(len(varied.quarter)))
     assert worst > at_means + 0.01
     assert find.with_loss_apart(varied, circuit, apart).loss_apart == pytest.approx(worst)
-
-
-# --- several processes ----------------------------------------------------------------------------
-
-def die_by_signal(item):
-    os.kill(os.getpid(), signal.SIGKILL) if item == 2 else None
-    return item
-
-
-def test_a_killed_process_is_one_line(capsys):
-    assert find.in_processes(int, ["1", "x"], 2) == [1, "invalid literal for int() with base 10: 'x'"]
-    assert find.in_processes(abs, [-1, 2, -3], 2) == [1, 2, 3]
-    with pytest.raises(SystemExit) as e:
-        find.in_processes(die_by_signal, [1, 2, 3], 1)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count("\n") == 1 and "--jobs" in err

@@ -60,7 +60,7 @@ WORKERS = """
 import os, sys, time
 sys.path.insert(0, ROOT)
 from config import as_script
-from find import in_processes
+from processes import in_processes
 
 def work(item):
     os.write(1, b"at work\\n")  # at once: two of them share the pipe

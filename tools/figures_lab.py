@@ -23,9 +23,9 @@ from config import write_atomic
 
 from circuit_file import write_circuit
 from data.workers import cores
-from find import in_processes
 from minimise import quiet
 from model_files import weights_hash
+from processes import in_processes
 from prune import PruneConfig, already_pruned, load, path_of, prune, settings_in_file
 from tasks import task_of
 from tokens import read_data

@@ -33,8 +33,8 @@ from pathlib import Path
 from config import as_script, bounded, die, parse, write_atomic
 
 from circuit_file import circuit_of, read_circuit
-from find import in_processes
 from model_files import weights_hash
+from processes import in_processes
 from prune import PruneConfig, prune_task
 from tasks import load_model, load_pairs, task_of
 from tools.formation_result import FORMAT, content_of, plot, table_of, text_of
