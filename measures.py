@@ -59,8 +59,9 @@ class Case:
         # the circuit is `reduced`, the model less the edges that were removed, run with `nodes`
         self.reduced = without_edges(self.model, self.circuit, self.constants)
         self.nodes = ablate(self.circuit.mask, self.constants)
-        # what calibration looks at
         self.fit = self.train.first(self.n_fit or self.settings.fit_pairs)
+        # for a scale and a shift fitted anew, two numbers, fewer do than for the circuit
+        self.few = self.train.first(self.settings.fit_pairs)
 
     def loss(self, margin: Tensor) -> float:
         """Nats, with the scale and shift of the circuit file."""
@@ -70,7 +71,7 @@ class Case:
         """Nats on held-out pairs, with a scale and shift fitted anew, to the margins that `run`
         gives of training pairs: what is left if only the strength of the logits was wrong."""
         margin = run(self.heldout)
-        scale, shift = calibrate(run(self.fit))
+        scale, shift = calibrate(run(self.few))
         return loss_of(calibrated(margin, scale, shift))
 
     def generator(self) -> torch.Generator:
@@ -188,7 +189,7 @@ def over_draws(case: Case, run: Callable[[Pairs], Tensor]) -> tuple[float, float
     """The mean loss over DRAWS runs on held-out pairs, and that recalibrated (nats). run: its
     margins are others each time, of one generator: the fit's are none of the draws."""
     draws = [run(case.heldout) for _ in range(DRAWS)]
-    scale, shift = calibrate(run(case.fit))
+    scale, shift = calibrate(run(case.few))
     losses = [case.loss(margin) for margin in draws]
     refits = [loss_of(calibrated(margin, scale, shift)) for margin in draws]
     return sum(losses) / DRAWS, sum(refits) / DRAWS

@@ -24,7 +24,7 @@ from plan import tensors
 from prune import geometric_mean, prune
 from tasks import Task, calibrate, calibrated, loss_of, margins
 from tools import figures, figures_inside, figures_lab, figures_sizes, figures_trust
-from tools.figures_inside import binarise, binary, first_levels, kurtosis, levels_at_first, two_level
+from tools.figures_inside import binarise, binary, first_levels, kurtosis, levels_at_first, stream_kurtosis, two_level
 from tools.figures_lab import CLOSE, TRIES, Found, Lab, Run, common_tasks, next_steps
 from tools.figures_sizes import agree, compared, growing
 from toy import TOY, Digits, hand_made, one_thread, random_model  # noqa: F401
@@ -90,6 +90,7 @@ def made_lab(folder: Path) -> Lab:
               data=str(data), tokenizer=TOKENIZER, jobs=1, seeds=(0, 1), pruning=TINY)
     for n, name in enumerate(RUNS):
         finish(lab, name, wider(0.01 * n), 2.0 + 0.1 * n)
+    finish(lab, "dense", wider(0.5), 2.2)
     for seed in (0, 1):
         finish(lab, lab.dense_run(seed, figures_lab.FIRST_STEPS), wider(0.05), 2.01 + 0.1 * seed)
     return lab
@@ -146,7 +147,7 @@ def called(self, commands: dict) -> None:
 
 
 NAMES = ("fig10", "fig2", "tokens", "fig31", "fig32", "binarised", "fig3", "ablations", "appendix_d", "fig9", "critique")
-RUNS_OF = {"fig10": GRID.values(), "fig3": GRID.values(), "ablations": ("sparse0", "sparse1", "varied"),
+RUNS_OF = {"fig10": (*GRID.values(), "dense"), "fig3": GRID.values(), "ablations": ("sparse0", "sparse1", "varied"),
            "appendix_d": ("sparse0", "sparse1", "hard_concrete"), "fig9": ("dense_bridge0", "bridge0")}
 
 
@@ -203,7 +204,11 @@ def test_what_the_figures_say_of_the_tiny_models(shared, monkeypatch):
     for found in rows["critique"]["data"]["found"].values():
         assert found["nonsense"] == pytest.approx(10) and found["wiring"] == 1e9 and found["frozen"] == 0.25
     assert "not met" in rows["critique"]["measured"] and rows["critique"]["table"][0][2:] == ["sparse0", "dense0_2400"]
-    # kurtosis by numpy
+    # kurtosis by numpy, also of the dense model
+    found = rows["fig10"]["data"]
+    assert f"a dense one {found['dense']:.1f}, a Gaussian 3" in rows["fig10"]["measured"]
+    assert found["dense"] == pytest.approx(stream_kurtosis(lab, "dense"))
+    assert found["dense"] != pytest.approx(found["points"][0]["kurtosis"])
     model = GPT.load(lab.folder("more"))
     ids = torch.from_numpy(np.fromfile(Path(lab.data) / "val.bin", "<u2")[:8].astype(np.int64))[None]
     with torch.no_grad():

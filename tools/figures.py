@@ -125,7 +125,7 @@ class Figure:
 
 FIGURES = {
     "fig10": Figure("Fig. 10", "kurtosis of the final residual stream rises with sparsity and with "
-                    "size", fig10, draw_fig10, tuple(GRID.values()), 1),
+                    "size", fig10, draw_fig10, (*GRID.values(), "dense"), 1),
     "fig2": Figure("Fig. 2", "at the same validation loss, sparse circuits have 16 times fewer "
                    "edges than dense ones", fig2, draw_fig2, SPARSE, 20, matched=3),
     "tokens": Figure("3.2", "token losses of a dense and a sparse model correlate 0.93, of two "

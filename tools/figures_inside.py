@@ -226,22 +226,30 @@ def val_windows(lab: Lab, model: GPT):
 
 
 def fig10(lab: Lab) -> Found:
-    """Kurtosis of the final residual stream against sparsity and size."""
-    lab.train(lab.grid.values())
+    """Kurtosis of the final residual stream against sparsity and size; and of a dense model, for
+    the grid spans little of sparsity."""
+    lab.train([*lab.grid.values(), "dense"])
     points = [{"width": width, "l0": share, "run": run, "kurtosis": stream_kurtosis(lab, run)}
               for (width, share), run in lab.grid.items()]
+    dense = stream_kurtosis(lab, "dense")
     text = (f"higher where sparser, at a fixed width, in "
             f"{agree(points, 'width', 'l0', 'kurtosis', False)}; higher where wider, at a fixed "
             f"L0, in {agree(points, 'l0', 'width', 'kurtosis', True)}; "
-            f"{said([point['kurtosis'] for point in points], '.1f')}, a Gaussian has 3")
-    return Found(text, f"{len(points)} models, one seed each", {"points": points})
+            f"{said([point['kurtosis'] for point in points], '.1f')}, a dense one "
+            f"{dense:.1f}, a Gaussian 3")
+    models = f"{len(points)} models and a dense one, one seed each"
+    return Found(text, models, {"points": points, "dense": dense})
 
 
 def draw_fig10(figure, data: dict) -> None:
     axis = figure.subplots()
     for width, row in families(data["points"], "width", "l0").items():
         axis.plot([p["l0"] for p in row], [p["kurtosis"] for p in row], "o-", label=f"{width}")
+    axis.axhline(data["dense"], color="0.5", linestyle=":", label="64, dense")
+    shares = sorted({p["l0"] for p in data["points"]})
     axis.set_xscale("log")
+    axis.set_xticks(shares, [f"{share:g}" for share in shares])
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("L0, times the demo's")
     axis.set_ylabel("kurtosis over the channels of the final stream")
     axis.legend(title="width")
