@@ -273,22 +273,22 @@ def from_starts(search: Search, gates: Gates, starts: list[Start], aim: float, c
         return [from_start(search, gates, start, aim, cfg, say) for start in starts]
     # as bytes: tensors as such would go through shared memory, of which a container has little
     given = pickle.dumps((search, gates, aim, cfg, say))
-    numbered = [(i, pickle.dumps(start)) for i, start in enumerate(starts)]
-    found = in_processes(partial(_in_its_process, given), numbered, cfg.jobs)
+    found = in_processes(partial(_in_its_process, given), list(map(pickle.dumps, starts)), cfg.jobs)
     for result in found:
         if isinstance(result, str):
             raise ValueError(result)
     return [pickle.loads(result) for result in found]
 
 
-def _in_its_process(given: bytes, numbered: tuple[int, bytes]) -> bytes:
-    i, start = numbered
+def _in_its_process(given: bytes, start: bytes) -> bytes:
     search, gates, aim, cfg, say = pickle.loads(given)
+    start = pickle.loads(start)
+    number = seeds_of(cfg).index(start.seed)  # of all starts, also where only a few try again
 
     def say_which(text: str) -> None:
-        say(f"[start {i}] {text.strip()}")
+        say(f"[start {number}] {text.strip()}")
 
-    return pickle.dumps(from_start(search, gates, pickle.loads(start), aim, cfg, say_which))
+    return pickle.dumps(from_start(search, gates, start, aim, cfg, say_which))
 
 
 def from_start(search: Search, gates: Gates, start: Start, aim: float, cfg: FindConfig,

@@ -8,6 +8,7 @@ import torch
 import find
 from ablations import Varied
 from circuit import all_edges, host
+from masks import Gates
 from model import GPT
 from search import Search
 from tasks import margins
@@ -140,14 +141,24 @@ def test_starts_that_are_not_to_be_minimal_go_further_below_the_target_until_one
     assert found.size[1] == 5 and asked == [0.9]
 
 
-def test_starts_in_processes_end_as_they_do_in_turn(tmp_path, capfd):
-    model, cfg, constants = toy_setup(tmp_path, parallel_model(cross=-0.3), minimal=True, starts=3, target_loss=(0.5,))
+@pytest.mark.parametrize("varied, target", [(False, 0.5), (True, 0.65)])
+def test_starts_in_processes_end_as_they_do_in_turn(varied, target, tmp_path, capfd):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model(cross=-0.3), minimal=True, starts=3, target_loss=(target,), varied=varied)
     apart = toy_pairs(200, "heldout")
     one, two = (list(find.find(model, toy_pairs(256), apart, constants, replace(cfg, jobs=jobs), print)) for jobs in (1, 2))
     assert one[0].starts == two[0].starts and len(one[0].starts) > 3 and one[0].loss == two[0].loss
     assert kept_of(one[0].mask) == kept_of(two[0].mask)
     said = capfd.readouterr().out
     assert all(f"\n[start {i}] " in said for i in range(3))
+
+
+def test_a_start_that_tries_again_keeps_its_number(tmp_path, capfd):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model(), minimal=True, starts=3, jobs=2)
+    search = Search(model, constants, toy_pairs(24))
+    again = [find.Start(seed) for seed in find.seeds_of(cfg)[1:]]
+    find.from_starts(search, Gates(model, False), again, 0.5, cfg, print)
+    said = capfd.readouterr().out
+    assert "[start 1] " in said and "[start 2] " in said and "[start 0] " not in said
 
 
 class NoGradient:
