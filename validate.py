@@ -335,6 +335,7 @@ def measured_with(cfg: ValidateConfig, content: dict) -> dict:
         "circuit": hashlib.sha256(circuit.encode()).hexdigest()[:16],
         "data": cfg.data, "tokenizer": cfg.tokenizer, "seed": cfg.seed, "window": cfg.window,
         "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS, "tried": TRIED,
+        "refitted_on": content["settings"]["fit_pairs"],  # pairs
     }
 
 

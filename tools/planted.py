@@ -203,7 +203,7 @@ def score(found: tuple[set, set], truths: list[tuple[set, set]], loss: float, le
                  loss, least, seconds)
 
 
-def circuits(planted: Planted, constants: Nodes, cfg: PruneConfig,
+def prunings(planted: Planted, constants: Nodes, cfg: PruneConfig,
              methods: Iterable[str]) -> Iterator[tuple[str, Circuit, float]]:
     """(method, the circuit, seconds); `minimal` starts from the circuit of the learned masks."""
     for ranking in ("learned", "attribution"):
@@ -220,12 +220,17 @@ def circuits(planted: Planted, constants: Nodes, cfg: PruneConfig,
             yield "minimal", circuit, time.monotonic() - clock
 
 
+def settings_of(cfg: PlantedConfig, ablation: str = "mean") -> PruneConfig:
+    """What planted models are pruned with."""
+    given = {f.name: getattr(cfg, f.name) for f in fields(PlantedConfig)}
+    given = {key: value for key, value in given.items() if hasattr(PruneConfig, key)}
+    return PruneConfig(**given | {"target_loss": (cfg.target_loss,), "ablation": ablation})
+
+
 def measure(cfg: PlantedConfig, planted: Planted, ablation: str,
             methods: Iterable[str]) -> dict[str, Score]:
     """Prune a planted model in every way and compare: a score by method."""
-    given = {f.name: getattr(cfg, f.name) for f in fields(PlantedConfig)}
-    given = {key: value for key, value in given.items() if hasattr(PruneConfig, key)}
-    settings = PruneConfig(**given | {"target_loss": (cfg.target_loss,), "ablation": ablation})
+    settings = settings_of(cfg, ablation)
     constants = constants_of(planted.model, settings)
     aim = SLACKS[0] * cfg.target_loss
     search = Search(planted.model, constants, planted.pairs.first(cfg.fit_pairs))
@@ -235,7 +240,7 @@ def measure(cfg: PlantedConfig, planted: Planted, ablation: str,
     if not whole <= cfg.target_loss:
         print(f"    the planted circuit alone has {whole:.3f} nats, above the target", flush=True)
     scores = {}
-    for method, circuit, seconds in circuits(planted, constants, settings, methods):
+    for method, circuit, seconds in prunings(planted, constants, settings, methods):
         if method in methods:
             found = parts_found(planted.model, circuit)
             scores[method] = score(found, truths, circuit.loss, least, seconds)

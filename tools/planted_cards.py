@@ -10,6 +10,8 @@ verdict needs are measured (measures.py):
 - `wrong_best`: of many such copies the one with the least loss.
 - `wrong_fitted`: what minimising leaves of the whole model where a true node is forbidden; where
   that misses the target for each of them, there is no second way, and the least loss is printed.
+- `certified`: what the pruner finds on few pairs, from which nothing can go, where it is not the
+  planted circuit.
 - In models with two copies of a circuit, apart from the rest: `one_of_two` and `both`.
 
 The card alone decides: `true` where it shows sufficient and needed and finds no idle part. Printed:
@@ -18,7 +20,7 @@ how many of each kind are judged right, the numbers behind it, and each error wi
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse
@@ -32,17 +34,20 @@ from prune import PruneConfig, constants_of
 from search import Search
 from tasks import Pairs, answer_ids, load_pairs
 from tools.planted import (PROMPT, Planted, PlantedConfig, as_circuit, cell, needed, parts_found,
-                           plant, truth_of, words_of)
+                           plant, prunings, settings_of, truth_of, words_of)
 from validate import verdict
 
 Parts = tuple[set, set]  # nodes (site, channel), edges (site, channel, site, channel)
 MOST_EXTRA = 5    # idle parts that are added
 TRIES = 200       # of drawing something at random, before we say that there is none
 VISITS = 100_000  # steps of one search for a copy, before it begins anew with other draws
+FEW_PAIRS = 64    # so few that what is minimal on them is now and then another circuit
+SCHEDULES = (120, 200, 300)  # steps of mask learning, which end in different circuits
 NOT_TRUE = {"sufficient", "needed"}
 # What the judge must say of each kind: that it lacks one of these; of `true`, nothing.
 FLAWS = {"true": set(), "nothing": NOT_TRUE, "missing": NOT_TRUE, "idle": {"idle"},
          "wrong": NOT_TRUE, "wrong_best": NOT_TRUE, "wrong_fitted": NOT_TRUE | {"idle"},
+         "certified": NOT_TRUE | {"idle"},
          # of two ways to do a task, neither is needed, and of both together each part can go
          "one_of_two": {"needed"}, "both": {"idle"}}
 COPIES = ("one_of_two", "both")  # not in the total: there, what is right is a matter of words
@@ -266,6 +271,20 @@ def second_way(subject: Subject, every: Parts) -> tuple[Parts | None, float]:
     return parts_found(subject.model, smaller), least.loss
 
 
+def certified(subject: Subject, cfg: CardsConfig) -> list[Parts]:
+    """The minimal circuits that the pruner finds on few pairs, less the planted one."""
+    found = []
+    for steps in SCHEDULES:
+        settings = replace(settings_of(planted_config(cfg)), fit_pairs=FEW_PAIRS, steps=steps,
+                           seed=subject.settings.seed)
+        minimal = prunings(subject.planted, subject.constants, settings, ("minimal",))
+        for _, circuit, _ in minimal:
+            parts = parts_found(subject.model, circuit)
+            if circuit.certificate is not None and parts not in (subject.true, *found):
+                found.append(parts)
+    return found
+
+
 # --- the card, its judge and the command -----------------------------------------------------
 
 @dataclass
@@ -327,6 +346,7 @@ def circuits(subject: Subject, cfg: CardsConfig) -> Iterator[tuple[str, Parts]]:
           flush=True)
     if parts is not None:
         yield "wrong_fitted", parts
+    yield from (("certified", parts) for parts in certified(subject, cfg))
 
 
 COLUMNS = {"sufficiency": ".3f", "necessity": ".2f", "necessity_refit": ".2f", "idle": ".0f",

@@ -203,13 +203,17 @@ def write_down(case: Case, content: dict, names: dict[str, str], digits: int,
     function = writer.function()
     tables = tables_of(case, writer.read_channels, digits)
     own = [*head_of(case, content, said), "", *tables, "", "", *function]
+    text = "\n".join(own) + "\n\n\n" + shared(competing)
+    arrays = arrays_of(case, writer, answers)
+    return Program(text, arrays, len(own), code_lines("\n".join(own)), digits)
+
+
+def shared(competing: bool) -> str:
+    """What is the same in every program, or in every competing one."""
     rest = REST.read_text(encoding="utf-8")
     rest = rest[rest.index(DASHES):].replace("import numpy as np\n\n", "", 1)
     rest, contest, more = re.split("# --- .*competition.*\n|# --- .*again\n", rest)
-    rest += contest * competing + more
-    text = "\n".join(own) + "\n\n\n" + rest
-    arrays = arrays_of(case, writer, answers)
-    return Program(text, arrays, len(own), code_lines("\n".join(own)), digits)
+    return rest + contest * competing + more
 
 
 def code_lines(text: str) -> int:
@@ -368,7 +372,7 @@ def circuits_in(path: Path) -> list[Path]:
     return found
 
 
-def print_table(paths: list[Path], programs: list[Program]) -> None:
+def print_table(paths: list[Path], programs: list[Program], competing: bool) -> None:
     """Every circuit of a run: its size, its program's, both losses (nats), and what is exact."""
     print("\n| task | nodes | edges | lines, of code | standalone | recalibrated | with AbsTopK "
           "| margins correlate | largest error, logits |\n" + 9 * "|---" + "|")
@@ -381,13 +385,8 @@ def print_table(paths: list[Path], programs: list[Program]) -> None:
               f"| {program.error:.1e} |")
     lines = statistics.median(program.lines for program in programs)
     code = statistics.median(program.code for program in programs)
-    print(f"median length: {lines:g} lines, {code:g} of code, and {shared_lines()} that all "
-          "programs share")
-
-
-def shared_lines() -> int:
-    text = REST.read_text(encoding="utf-8")
-    return text[text.index(DASHES):].count("\n")
+    n_shared = len(shared(competing).splitlines())
+    print(f"median length: {lines:g} lines, {code:g} of code, and {n_shared} that all share")
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -416,7 +415,7 @@ def main(argv: list[str]) -> int:
         paths = circuits_in(args.circuit)
         programs = [write_program(path, args) for path in paths]
         if len(paths) > 1:
-            print_table(paths, programs)
+            print_table(paths, programs, args.competition)
     except (ValueError, OSError) as e:
         die(e)
     return 0
