@@ -162,6 +162,8 @@ def draw_fig3(figure, data: dict) -> None:
         for p in row:
             axis.annotate(f" {p['width']}", (p["edges"], p["loss"]), fontsize=7)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.set_xlabel(f"edges at {AIM} nats, geometric mean over tasks")
     axis.set_ylabel("validation loss, nats a token")
     axis.legend(title="numbers: width")
