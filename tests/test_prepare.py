@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tinypython.idioms import block, programs
+from data.tinypython.idioms import Pen, block, programs
 from data.tinypython.shards import Seen
 from data.tinypython.sources import chunks, documents_of
 from data.tinypython.tokenizer import (
@@ -361,6 +362,26 @@ def test_each_quote_closes_half_of_the_strings_and_both_come_in_one_program(toke
     assert 0.8 < single / double < 1.25
     both = sum("')\n" in text and '")\n' in text for text in sample)
     assert both > 0.1 * len(sample)
+
+
+def test_how_a_variable_grows_follows_from_its_start_and_not_from_the_order():
+    grows = {"set()": ".add(", '""': " +=", "''": " +=", "0": " +=", "1": " +=", "[]": ".append(", "{}": "["}
+    pen = Pen(random.Random(0))
+    counts = Counter()
+    first = []
+    for _ in range(2000):
+        text = pen.buildup()
+        head, _, loop = re.split(r"^((?:for|while) .*:)$", text, maxsplit=1, flags=re.MULTILINE)
+        starts = dict(re.findall(r"""^(\w+) = (set\(\)|""|''|0|1|\[\]|\{\})$""", head, re.MULTILINE)[:3])
+        grown = [match for match in re.findall(r"^ +(\w+)(\.add\(|\.append\(| \+=|\[)", loop, re.MULTILINE) if match[0] in starts]
+        if len(starts) == 2 and grown:
+            first.append(grown[0][0] == list(starts)[0])
+        for name, growth in grown:
+            counts[growth == grows[starts[name]]] += 1
+            counts[growth] += 1
+    assert counts[True] > 0.98 * counts.total() / 2  # lines of filler may grow one of that name
+    assert 0.4 < sum(first) / len(first) < 0.6
+    assert 0.75 < counts[".add("] / counts[" +="] < 1.25
 
 
 @pytest.mark.parametrize("task", ANSWERS)

@@ -349,11 +349,11 @@ GRAMMAR = {
     "idiom": {
         "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 8, "$fstring\n$fstring": 4,
         "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
-        "$constants": 1, "$query": 2, "$brackets": 20, "$entries": 6, "$swap": 36,
+        "$constants": 1, "$query": 2, "$brackets": 26, "$entries": 6, "$swap": 36,
         "$ternary": 8, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
-        "$attempt": 2, "$openfile": 18, "$buildup": 22, "$oneliner": 2,
+        "$attempt": 2, "$openfile": 18, "$buildup": 44, "$oneliner": 3,
     },
     # what a program is about, beyond the tasks: so that lines do not repeat in billions of tokens
     "numeric": {
@@ -524,6 +524,8 @@ GROWN = {
     "count": (["0", "0", "1"], [" += 1", " += $item1"]),
     "dict": (["{}"], ["[$item1] = $value", "[$item1] += 1"]),
 }
+# as many grow by `.add` as by ` +=`
+KINDS = ["set", "set", "set", "text", "text", "count", "list", "dict"]
 
 
 def indent(text: str, spaces: int) -> str:
@@ -755,15 +757,19 @@ class Pen:
         return f"{stem}_{self.pick(FILE_SUFFIXES) if self.chance(0.6) else self.slot('noun')}"
 
     def buildup(self, returned: bool = False) -> str:
-        """One or two variables, set up here and grown in a loop some lines later.
+        """One to three variables, set up here and grown in a loop some lines later.
 
-        What they start as (`set()`, `""`) tells how they grow (`.add(`, ` +=`), and nothing else.
+        What one starts as (`set()`, `""`) tells how it grows (`.add(`, ` +=`), and nothing else:
+        those of one loop start differently, and grow in any order, some more than once.
         """
-        kinds = ("set", "set", "set", "text", "text", "text", "list", "count", "dict")
+        kinds = KINDS
         grown = {}
-        for _ in range(self.pick((1, 2, 2))):
+        for _ in range(self.pick((1, 2, 2, 3, 3))):
+            kind = self.pick(kinds)
+            kinds = [other for other in kinds if other != kind]
             name = self.pick(ACCUMULATORS) if self.chance(0.6) else self.slot("accumulator")
-            grown[name] = GROWN[self.pick(kinds)]
+            grown[name] = GROWN[kind]
+        names = list(grown)
 
         lines = [f"{name} = {self.pick(start)}" for name, (start, _) in grown.items()]
         lines += ["$line"] * self.pick((0, 0, 0, 1, 1, 2, 3, 6))
@@ -775,11 +781,13 @@ class Pen:
             "for $index, $item1 in enumerate($collection):",
             "while $item1:",
         )))
-        for name, (_, growth) in grown.items():
-            lines += self.growing(name, growth)
-        for name, (_, growth) in grown.items():  # once more, behind the loop
-            line = name + self.pick(growth)
-            if self.chance(0.2):
+        turns = names + [self.pick(names)]
+        turns.sort(key=lambda _: self.random())
+        for name in turns:
+            lines += self.growing(name, grown[name][1])
+        for name in turns:  # once more, behind the loop
+            line = name + self.pick(grown[name][1])
+            if self.chance(0.1):
                 lines.append(line)
         if returned:
             lines.append(f"return {name}")
