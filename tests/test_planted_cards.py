@@ -1,14 +1,17 @@
 """tools/planted_cards.py: each kind of circuit is what it claims to be, and the card tells them apart."""
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from measures import partial_correlation
 from data.tinypython.tokenizer import load_tokenizer
+from tools import planted_cards
+from tools.planted import parts_found
 from tools.planted_cards import (
-    MOST_EXTRA, Card, CardsConfig, a_copy, card_of, circuits, everything, fitted, has_paths, main, missing,
+    FEW_PAIRS, MOST_EXTRA, Card, CardsConfig, a_copy, card_of, certified, circuits, everything, fitted, has_paths, main, missing,
     report, second_way, subject_of, with_idle, without_part)
 from toy import one_thread, prompts_as_data  # noqa: F401
 
@@ -122,6 +125,25 @@ def test_there_is_no_second_way_past_a_true_node(subject, every, monkeypatch):
 
 
 # --- the judge -------------------------------------------------------------------------------
+
+def test_certified_are_the_minimal_circuits_that_are_not_the_planted_one_each_once(subject, config, every, monkeypatch):
+    planted, other = (fitted(subject, parts) for parts in (subject.true, a_copy(subject, every, random.Random(0))))
+    asked = []
+
+    def prunings(of, constants, settings, methods):
+        asked.append((settings.steps, settings.fit_pairs, settings.seed))
+        assert of is subject.planted and methods == ("minimal",)
+        yield "learned", other, 0.0  # not certified: something may still go
+        of_steps = {120: planted, 200: other, 300: other}[settings.steps]
+        yield "minimal", replace(of_steps, certificate="nothing can go"), 0.0
+
+    monkeypatch.setattr(planted_cards, "prunings", prunings)
+    found = certified(subject, config)
+    assert found == [parts_found(subject.model, other)] != [subject.true]
+    assert asked == [(120, FEW_PAIRS, 0), (200, FEW_PAIRS, 0), (300, FEW_PAIRS, 0)]
+    card = card_of(subject, "certified", found[0])
+    assert card.right and card.lacks >= {"sufficient"}
+
 
 def test_the_judge_tells_the_kinds_apart(subject, every):
     rng = random.Random(0)
