@@ -17,10 +17,11 @@ from data import workers
 from circuit import ablate, all_edges, drop_unconnected, edges_of, graph_of
 from circuit_file import circuit_of
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
-from find import SLACKS, result_or_reason
+from find import SLACKS
 from model import GPT, GPTConfig, record
 from model_files import weights_hash
 from masks import Gates, attribution, learn_masks, mend_
+from processes import result_or_reason
 from prune import node_means
 from tasks import TASKS, Task, margins, task_loss
 from tokens import random_windows
