@@ -126,19 +126,18 @@ def test_there_is_no_second_way_past_a_true_node(subject, every, monkeypatch):
 
 # --- the judge -------------------------------------------------------------------------------
 
-def test_certified_are_the_minimal_circuits_that_are_not_the_planted_one_each_once(subject, config, every, monkeypatch):
+def test_certified_are_the_minimal_circuits_that_are_not_the_planted_one_each_once(subject, every, monkeypatch):
     planted, other = (fitted(subject, parts) for parts in (subject.true, a_copy(subject, every, random.Random(0))))
     asked = []
 
     def prunings(of, constants, settings, methods):
         asked.append((settings.steps, settings.fit_pairs, settings.seed))
         assert of is subject.planted and methods == ("minimal",)
-        yield "learned", other, 0.0  # not certified: something may still go
         of_steps = {120: planted, 200: other, 300: other}[settings.steps]
         yield "minimal", replace(of_steps, certificate="nothing can go"), 0.0
 
     monkeypatch.setattr(planted_cards, "prunings", prunings)
-    found = certified(subject, config)
+    found = certified(subject)
     assert found == [parts_found(subject.model, other)] != [subject.true]
     assert asked == [(120, FEW_PAIRS, 0), (200, FEW_PAIRS, 0), (300, FEW_PAIRS, 0)]
     card = card_of(subject, "certified", found[0])

@@ -25,7 +25,7 @@ from tasks import (Pairs, Task, calibrate, calibrated, last_logits, load_pairs, 
                    margins)
 from tokens import random_windows
 from tools.figures_lab import Found, Lab, said
-from tools.figures_sizes import AIM, agree, families
+from tools.figures_sizes import AIM, agree, families, ticks_at
 from tools.refute import nodes_of
 from validate import ValidateConfig, case_of
 
@@ -246,10 +246,7 @@ def draw_fig10(figure, data: dict) -> None:
     for width, row in families(data["points"], "width", "l0").items():
         axis.plot([p["l0"] for p in row], [p["kurtosis"] for p in row], "o-", label=f"{width}")
     axis.axhline(data["dense"], color="0.5", linestyle=":", label="64, dense")
-    shares = sorted({p["l0"] for p in data["points"]})
-    axis.set_xscale("log")
-    axis.set_xticks(shares, [f"{share:g}" for share in shares])
-    axis.set_xticks([], minor=True)
+    ticks_at(axis, sorted({p["l0"] for p in data["points"]}))
     axis.set_xlabel("L0, times the demo's")
     axis.set_ylabel("kurtosis over the channels of the final stream")
     axis.legend(title="width")

@@ -69,6 +69,13 @@ def n_tasks(rows: list[dict]) -> str:
     return "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
 
+def ticks_at(axis, values: list[float]) -> None:
+    """A logarithmic axis from left to right, with these values on it and no others."""
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.set_xticks([], minor=True)
+
+
 def draw_sizes(axis, rows: list[dict], key: str, label: str, style: str) -> None:
     """Edges against target loss: the median of the rows of each target, and their range."""
     targets = sorted({row["target"] for row in rows if row[key] is not None})
@@ -77,10 +84,8 @@ def draw_sizes(axis, rows: list[dict], key: str, label: str, style: str) -> None
     line, = axis.plot(targets, list(map(statistics.median, by_target)), style, label=label)
     axis.fill_between(targets, list(map(min, by_target)), list(map(max, by_target)), alpha=0.15,
                       color=line.get_color())
-    axis.set_xscale("log")
+    ticks_at(axis, targets)
     axis.set_yscale("log")
-    axis.set_xticks(targets, [f"{target:g}" for target in targets])
-    axis.set_xticks([], minor=True)
     axis.set_xlabel("target loss, nats")
     axis.set_ylabel("edges, geometric mean over tasks")
 

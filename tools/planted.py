@@ -205,14 +205,16 @@ def score(found: tuple[set, set], truths: list[tuple[set, set]], loss: float, le
 
 def prunings(planted: Planted, constants: Nodes, cfg: PruneConfig,
              methods: Iterable[str]) -> Iterator[tuple[str, Circuit, float]]:
-    """(method, the circuit, seconds); `minimal` starts from the circuit of the learned masks."""
+    """(method, the circuit, seconds) of each of `methods`; `minimal` starts from what `learned`
+    finds."""
     for ranking in ("learned", "attribution"):
         if ranking not in methods and (ranking == "attribution" or "minimal" not in methods):
             continue
         clock = time.monotonic()
         (circuit,) = find(planted.model, planted.pairs, None, constants,
                           replace(cfg, method=ranking, starts=1), quiet)
-        yield ranking, circuit, time.monotonic() - clock
+        if ranking in methods:
+            yield ranking, circuit, time.monotonic() - clock
         if ranking == "learned" and "minimal" in methods:
             search = Search(planted.model, constants, planted.pairs.first(cfg.fit_pairs))
             aim = SLACKS[0] * min(cfg.target_loss)
@@ -241,9 +243,8 @@ def measure(cfg: PlantedConfig, planted: Planted, ablation: str,
         print(f"    the planted circuit alone has {whole:.3f} nats, above the target", flush=True)
     scores = {}
     for method, circuit, seconds in prunings(planted, constants, settings, methods):
-        if method in methods:
-            found = parts_found(planted.model, circuit)
-            scores[method] = score(found, truths, circuit.loss, least, seconds)
+        found = parts_found(planted.model, circuit)
+        scores[method] = score(found, truths, circuit.loss, least, seconds)
     return scores
 
 

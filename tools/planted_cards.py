@@ -97,9 +97,7 @@ def subject_of(cfg: CardsConfig, case: str, seed: int, tokenizer,
                variant: str = "single") -> Subject:
     """Plant a case and make its circuits minimal. ValueError where the shape has no room for it."""
     planted = plant(planted_config(cfg), cfg.shape, case, variant, "far", seed, tokenizer)
-    settings = PruneConfig(
-        data=cfg.data, target_loss=(cfg.target_loss,), mean_tokens=cfg.mean_tokens,
-        train_pairs=cfg.fit_pairs, fit_pairs=cfg.fit_pairs, seed=seed)
+    settings = replace(settings_of(planted_config(cfg)), seed=seed)
     constants = constants_of(planted.model, settings)
     search = Search(planted.model, constants, planted.pairs)
     # at the target itself, below which the card calls a part idle
@@ -271,17 +269,15 @@ def second_way(subject: Subject, every: Parts) -> tuple[Parts | None, float]:
     return parts_found(subject.model, smaller), least.loss
 
 
-def certified(subject: Subject, cfg: CardsConfig) -> list[Parts]:
+def certified(subject: Subject) -> list[Parts]:
     """The minimal circuits that the pruner finds on few pairs, less the planted one."""
     found = []
     for steps in SCHEDULES:
-        settings = replace(settings_of(planted_config(cfg)), fit_pairs=FEW_PAIRS, steps=steps,
-                           seed=subject.settings.seed)
-        minimal = prunings(subject.planted, subject.constants, settings, ("minimal",))
-        for _, circuit, _ in minimal:
-            parts = parts_found(subject.model, circuit)
-            if circuit.certificate is not None and parts not in (subject.true, *found):
-                found.append(parts)
+        settings = replace(subject.settings, fit_pairs=FEW_PAIRS, steps=steps)
+        ((_, circuit, _),) = prunings(subject.planted, subject.constants, settings, ("minimal",))
+        parts = parts_found(subject.model, circuit)
+        if parts not in (subject.true, *found):
+            found.append(parts)
     return found
 
 
@@ -346,7 +342,7 @@ def circuits(subject: Subject, cfg: CardsConfig) -> Iterator[tuple[str, Parts]]:
           flush=True)
     if parts is not None:
         yield "wrong_fitted", parts
-    yield from (("certified", parts) for parts in certified(subject, cfg))
+    yield from (("certified", parts) for parts in certified(subject))
 
 
 COLUMNS = {"sufficiency": ".3f", "necessity": ".2f", "necessity_refit": ".2f", "idle": ".0f",
