@@ -7,7 +7,8 @@
   done: stop it whenever you like, and only what is missing is run.
 - A verdict in four words: sufficient, needed, beats nonsense, follows the model; each with its
   number and what was asked. What was not shown is named as well.
-- A file that is truncated, edited, or of another model is refused in one line, and not written.
+- A file that is truncated, edited, or of another model or other data is refused in one line, and
+  not written.
 
     python validate.py --circuit=out/demo/single_double_quote/circuit.json
     python validate.py --circuit=out/demo --jobs=2          # out/demo/*/circuit.json, then a table
@@ -42,7 +43,7 @@ from model_files import weights_hash
 from processes import in_processes, result_or_reason
 from prune import PruneConfig
 from tasks import Pairs, Task, load_model, load_pairs, task_of
-from tokens import check_tokenizer, window_of
+from tokens import check_tokenizer, fingerprint, read_side, window_of
 
 # What the verdict asks for, each stated beside its number. Held-out pairs may put a circuit above
 # its target by HELD_OUT of find.py.
@@ -339,6 +340,17 @@ def measured_with(cfg: ValidateConfig, content: dict) -> dict:
     }
 
 
+def check_data(case: Case, content: dict) -> None:
+    """ValueError where the data are not those that the circuit's means are of: the card would mix
+    the activations of one text with the means of another."""
+    stated = content.get("data")  # None where nobody knows, or nodes are held at zero
+    if stated is None:
+        return
+    if fingerprint(read_side(case.data, case.model.config.vocab_size)) != stated:
+        raise ValueError(f"the circuit's means are of other data than {os.path.dirname(case.data)} "
+                         "has; give --data=DIR, or prune the task again")
+
+
 def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict:
     """Measure what a file's card lacks, write it, and print the card; returns the content. Controls
     that are not asked for stay as they are.
@@ -363,6 +375,7 @@ def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict
         say(f"validating {cfg.circuit}")
         try:
             case = case_of(cfg, content)
+            check_data(case, content)
             if cfg.again or not whole:
                 card = {**card, **lines_of(case, card, say), "card": with_what}
                 write_card(cfg.circuit, content, card, runs)

@@ -25,6 +25,7 @@ from toy import (TOY, Digits, all_nodes, best_fit, hand_made, nats, one_thread, 
 from ablations import donor_of
 from measures import (Case, agreement, bank_of, complement, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, necessity_refit, renamed,
                       resample, resample_task, resampled, resampled_in_task, standalone, sufficiency, zero_ablation)
+from tokens import fingerprint
 from validate import verdict
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
@@ -585,6 +586,21 @@ def test_bad_options_are_one_line_exit_2_and_nothing_written(args, says, command
     assert command(*args) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err and command.path.read_bytes() == before
+
+
+def test_a_circuit_whose_means_are_of_other_data_is_refused(command, toy_run, tmp_path, capsys):
+    content, folder = toy_run
+    ids = np.fromfile(folder / "train.bin", "<u2")
+    command.path.write_text(json.dumps({**content, "data": fingerprint(ids)}))
+    assert command("--controls=false") == 0
+    before = command.path.read_bytes()
+    ids[:2048] = ids[:2048][::-1]
+    ids.tofile(tmp_path / "train.bin")
+    capsys.readouterr()
+    assert command(f"--data={tmp_path}", "--controls=false", "--again=true") == 2
+    err = capsys.readouterr().err
+    assert "means are of other data" in err and str(tmp_path) in err and err.count("\n") == 1
+    assert command.path.read_bytes() == before
 
 
 def test_a_circuit_of_another_model_is_refused_even_where_the_weights_that_it_names_agree(command, toy_run, tmp_path, capsys):
