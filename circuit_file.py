@@ -177,6 +177,7 @@ KEYS = dict(
 MODEL_KEYS = dict(dir=str, sha256=str, n_layer=int, d_model=int, n_head=int, d_head=int, d_mlp=int)
 EXAMPLE_KEYS = dict(
     tokens=list, answer=str, wrong=str, p_answer=NUMBER, p_answer_unpruned=NUMBER, activations=dict)
+RUN_KEYS = dict(met=bool, flat=bool, edges=int)  # of one run of a control (controls.py)
 # What to do about a file that is not as prune.py left it.
 AGAIN = "prune the task again: python prune.py --model=DIR --task=TASK"
 
@@ -240,12 +241,16 @@ def _check(c: object) -> None:
     _check_graph(c)
     minimal = c["validation"].get("minimal", {})
     _need(isinstance(minimal, dict), "'validation.minimal' is no object")
-    for key in ("target", "necessity"):
-        _need(isinstance(minimal.get(key, 0.0), (int, float)),
+    for key in ("target", "necessity", "pairs"):
+        _need(isinstance(minimal.get(key, 0), (int, float)),
               f"'validation.minimal.{key}' is no number")
+    _need(isinstance(c["validation"].get("card", {}), dict), "'validation.card' is no object")
     controls = c["validation"].get("controls", {})
     _need(isinstance(controls, dict) and all(isinstance(runs, list) for runs in controls.values()),
           "'validation.controls' is not a list of runs for each control")
+    for key, runs in controls.items():
+        for run in runs:
+            _need_keys(run, RUN_KEYS, f"validation.controls.{key}.")
     for head in c.get("heads", []):  # older files lack them
         kinds = [type(x) for x in head]
         _need(kinds in ([int, int, float], [int, int, type(None)], [int, int, int])

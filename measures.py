@@ -3,8 +3,8 @@
 A circuit under other ablations than those of pruning, against the model, and on prompts that
 pruning never saw.
 
-Each is measured on held-out pairs, and says what it can and cannot tell. validate.py puts them
-together; what it means to hold a node is docs/ablation.md's.
+All but the idle parts are measured on held-out pairs, and each says what it can and cannot tell.
+validate.py puts them together; what it means to hold a node is docs/ablation.md's.
 
 Paper 2.2 and Appendix E; the critique is Drori, "Weight-sparse circuits may be interpretable yet
 unfaithful" (2026).
@@ -12,19 +12,19 @@ unfaithful" (2026).
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ablations import Stiff, donated, exchange, half_awake
-from circuit import FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held, without_edges
+from case import Case
+from circuit import FINAL, Circuit, Nodes, ablate, alone, host, inverse, where_held
 from data.tinypython import idioms
 from data.tinypython.filler import ADJECTIVES, GROWN, NOUNS, VARIABLES, VERBS, whole_function
 from find import varied_for
 from model import GPT
-from prune import PruneConfig
 from search import Search, parts_of
 from tasks import (Pairs, Task, calibrate, calibrated, fitting_batches, last_logits, load_pairs,
                    loss_of, margin_of, margins, rows_at_once)
@@ -35,48 +35,6 @@ PER_WINDOW = 16   # of them in one window: more windows would be slower, fewer l
 DRAWS = 4         # resamplings, averaged
 SUBSETS = 16      # random halves of the complement; the worst of them is the adversary
 TRIED = 256       # single parts left out, of a circuit that has more
-
-
-@dataclass
-class Case:
-    """A circuit and all that its card is measured with."""
-    model: GPT
-    task: Task
-    tokenizer: object
-    circuit: Circuit
-    constants: Nodes        # what the nodes outside the circuit are held at
-    settings: PruneConfig   # the circuit was found with; target_loss is this circuit's alone
-    train: Pairs
-    heldout: Pairs          # what every line is measured on
-    data: str               # train.bin
-    seed: int
-    # of its certificate: nats that its loss was to stay below, and that the model was to miss it by
-    limit: float | None = None
-    missed: float = 0.0
-    n_fit: int | None = None  # pairs that it was fitted to; None = as its settings say
-
-    def __post_init__(self):
-        # the circuit is `reduced`, the model less the edges that were removed, run with `nodes`
-        self.reduced = without_edges(self.model, self.circuit, self.constants)
-        self.nodes = ablate(self.circuit.mask, self.constants)
-        self.fit = self.train.first(self.n_fit or self.settings.fit_pairs)
-        # for a scale and a shift fitted anew, two numbers, fewer do than for the circuit
-        self.few = self.train.first(self.settings.fit_pairs)
-
-    def loss(self, margin: Tensor) -> float:
-        """Nats, with the scale and shift of the circuit file."""
-        return loss_of(calibrated(margin, self.circuit.scale, self.circuit.shift))
-
-    def refit(self, run: Callable[[Pairs], Tensor]) -> float:
-        """Nats on held-out pairs, with a scale and shift fitted anew, to the margins that `run`
-        gives of training pairs: what is left if only the strength of the logits was wrong."""
-        margin = run(self.heldout)
-        scale, shift = calibrate(run(self.few))
-        return loss_of(calibrated(margin, scale, shift))
-
-    def generator(self) -> torch.Generator:
-        """A new one each time, so that no measure hangs on which others came before it."""
-        return torch.Generator().manual_seed(self.seed)
 
 
 # --- the circuit under other ablations: loss as calibrated in its file, `_refit` anew ---------
@@ -95,9 +53,9 @@ def necessity(case: Case) -> float:
 
 
 def necessity_refit(case: Case) -> dict:
-    """Necessity with a scale and shift fitted anew, 0.693 at most: what the rest of the model still
-    knows of the answers. A rest that does the task by a second way, its logits only tilted, has a
-    high necessity and a low one of these."""
+    """Necessity with a scale and shift fitted anew, about 0.693 at most: what the rest of the model
+    still knows of the answers. A rest that does the task by a second way, its logits only tilted,
+    has a high necessity and a low one of these."""
     run = partial(margins, case.model, nodes=inverse(case.circuit.mask, case.constants))
     return {"necessity_refit": case.refit(run)}
 
@@ -372,8 +330,11 @@ def idle(case: Case) -> dict:
     """How many single parts can go, with what then has no path, and the circuit is still all that
     was asked of it, on the pairs that it was fitted to: those are listed, but not shown to do
     anything. Two that stand in for each other both count; of a circuit with a certificate none.
-    Where there are more than TRIED, of so many drawn at random; `idle_of` says how many.
+    Where there are more than TRIED, of so many drawn at random; `idle_of` says how many. Not stated
+    where nodes of the last stream were pruned as well: a search has no gates for them.
     """
+    if FINAL in case.circuit.mask:  # a published one, whose channels of the last stream can go too
+        return {"idle": None, "idle_of": None}
     settings = case.settings
     model = host(case.model, case.circuit.standalone)
     varied = varied_for(settings, model, case.model, case.constants, case.train)

@@ -1,7 +1,7 @@
 """How far to trust a circuit: its faithfulness card, printed, and kept as `validation` in its file.
 
 - Its lines (measures.py): harder ablations than those of pruning, the model beside the circuit, and
-  prompts that pruning never saw; all on held-out pairs.
+  prompts that pruning never saw; all but the idle parts on held-out pairs.
 - Controls (controls.py) prune, with the same settings, where there is nothing to find; the card
   begins with how many times as many edges that takes. Each run is kept in the file as soon as it is
   done: stop it whenever you like, and only what is missing is run.
@@ -25,25 +25,23 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import as_script, bounded, die, one_of, out_of_bounds, parse
+from config import as_script, bounded, die, one_of, parse, sole_user
 
-from circuit_file import circuit_of, read_circuit, write_circuit
+from case import Case, CaseConfig, case_of, check_data
+from circuit_file import read_circuit, write_circuit
 from controls import CONTROLS, Subject, factor_of, run_control
 from data.tinypython.tokenizer import tokenizer_for, tokenizer_hash
 from find import HELD_OUT
-from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, Case, agreement, complement, frozen_norms,
+from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, agreement, complement, frozen_norms,
                       generalisation, idle, necessity, necessity_refit, resample, resample_task,
                       standalone, sufficiency, zero_ablation)
 from model import device_of
-from model_files import weights_hash
 from processes import in_processes, result_or_reason
-from prune import PruneConfig
-from tasks import Pairs, Task, load_model, load_pairs, task_of
-from tokens import check_tokenizer, fingerprint, read_side, window_of
+from tokens import fingerprint, read_side
 
 # What the verdict asks for, each stated beside its number. Held-out pairs may put a circuit above
 # its target by HELD_OUT of find.py.
@@ -58,13 +56,8 @@ Say = Callable[[str], None]  # where progress goes, a line at a time
 
 
 @dataclass
-class ValidateConfig:
-    circuit: str = "out/demo/single_double_quote/circuit.json"  # or a directory of tasks' folders
-    model: str = ""                 # "" = the directory that the circuit names
-    task: str = ""                  # a file of pairs that was moved; "" = where the circuit says
-    data: str = "data/tinypython"   # train.bin: resampled values, means of the controls
-    tokenizer: str = "data/tinypython/tokenizer.tiktoken"
-    device: str = one_of("cpu", "cuda")
+class ValidateConfig(CaseConfig):
+    """`circuit` can also be a directory of tasks' folders."""
     window: int = bounded(0, at_least=0)  # tokens of data at a time; 0 = as when it was pruned
     jobs: int = bounded(1, at_least=1)  # with a directory: processes at a time
     seed: int = bounded(0, at_least=0)  # of draws and halves; pairs have the circuit's own
@@ -254,114 +247,58 @@ def card_text(content: dict) -> str:
     return "\n".join(rows)
 
 
-# --- what a circuit file speaks of -----------------------------------------------------------
-
-def settings_from_file(content: dict) -> PruneConfig:
-    """How the circuit was pruned, its own target alone. ValueError where these are no settings."""
-    defaults = asdict(PruneConfig())
-    settings = content["settings"] | {"target_loss": (float(content["target_loss"]),)}
-    for key, value in settings.items():
-        kind = type(defaults.get(key))
-        kinds = (float, int) if kind is float else (kind,)  # JSON has 1 for 1.0
-        if key not in defaults or type(value) not in kinds:
-            raise ValueError(f"it was edited: its settings have {key} = {value!r}; "
-                             "prune the task again")
-    settings = PruneConfig(**settings)
-    complaint = out_of_bounds(settings)
-    if complaint:
-        raise ValueError(f"it was edited: of its settings {complaint}; prune the task again")
-    return settings
-
-
-def task_in(cfg: ValidateConfig, content: dict) -> Task:
-    """The task of a circuit file. ValueError where the file of its pairs is not what it was."""
-    file = content.get("task_file")
-    if file is None:
-        return task_of(content["task"])
-    path = cfg.task or file["path"]
-    if not os.path.exists(path):
-        raise ValueError(f"the file of its pairs, {path}, is not there; say where it is with "
-                         "--task=FILE")
-    task = task_of(path)
-    if task.file is None or task.file.sha256 != file["sha256"]:
-        raise ValueError(f"the pairs in {path} are not those that it was found with; give "
-                         "--task=FILE, or prune the task again")
-    # which pairs are drawn hangs on the name that the file had
-    return replace(task, name=content["task"])
-
-
-def case_of(cfg: ValidateConfig, content: dict) -> Case:
-    """Load what a circuit file speaks of. ValueError, in one line, where it is not what it was."""
-    task = task_in(cfg, content)
-    folder = cfg.model or content["model"]["dir"]
-    if not os.path.isdir(folder):
-        raise ValueError(f"its model {folder} is not there; say where it is with --model=DIR")
-    if weights_hash(folder) != content["model"]["sha256"]:
-        raise ValueError(f"the weights in {folder} are not those that it was found in; "
-                         "give --model=DIR, or prune the task again")
-    model, tokenizer = load_model(folder, cfg.tokenizer, cfg.device)
-    check_tokenizer(cfg.data, tokenizer_hash(tokenizer_for(folder, cfg.tokenizer)))
-    circuit, constants = circuit_of(content, model)
-    settings = settings_from_file(content)
-    # of a circuit from before there were windows, as it is now; the folder may have moved
-    window = window_of(folder, model.config.block_size, cfg.window or settings.window)
-    settings = replace(settings, model=folder, window=window, tokenizer=cfg.tokenizer)
-    minimal = content["validation"].get("minimal", {})
-
-    def draw(n: int, split: str) -> Pairs:
-        T = model.config.block_size
-        return load_pairs(task, tokenizer, n, split, T, settings.seed).to(cfg.device)
-
-    return Case(
-        model=model, task=task, tokenizer=tokenizer, circuit=circuit, constants=constants,
-        settings=settings, train=draw(settings.train_pairs, "train"),
-        heldout=draw(settings.heldout_pairs, "heldout"),
-        data=os.path.join(cfg.data, "train.bin"), seed=cfg.seed,
-        limit=minimal.get("target"), missed=minimal.get("necessity", 0.0),
-        n_fit=minimal.get("pairs"),
-    )
-
-
 # --- the command -----------------------------------------------------------------------------
 
 # What the runs of controls hang on, of `measured_with`; their seeds are their own.
 OF_CONTROLS = ("circuit", "data", "tokenizer", "window")
 
 
-def measured_with(cfg: ValidateConfig, content: dict) -> dict:
-    """What a card hangs on; where this is as it was, a card need not be measured again."""
+def circuit_hash(content: dict) -> str:
+    """Tells a file's circuit from others, whatever its card says."""
     keys = ("nodes", "edges", "means", "logit_scale", "logit_shift", "target_loss", "settings")
-    circuit = json.dumps([content[key] for key in keys])
+    parts = [content[key] for key in keys] + [content["model"]["sha256"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def measured_with(case: Case, content: dict) -> dict:
+    """What a card hangs on; where this is as it was, a card need not be measured again."""
+    settings = case.settings
     return {
-        "circuit": hashlib.sha256(circuit.encode()).hexdigest()[:16],
-        "data": cfg.data, "tokenizer": cfg.tokenizer, "seed": cfg.seed, "window": cfg.window,
+        "circuit": circuit_hash(content),
+        "data": fingerprint(read_side(case.data, case.model.config.vocab_size)),
+        "tokenizer": tokenizer_hash(tokenizer_for(settings.model, settings.tokenizer)),
+        "seed": case.seed, "window": settings.window,
         "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS, "tried": TRIED,
-        "refitted_on": content["settings"]["fit_pairs"],  # pairs
+        "refitted_on": settings.fit_pairs,
     }
-
-
-def check_data(case: Case, content: dict) -> None:
-    """ValueError where the data are not those that the circuit's means are of: the card would mix
-    the activations of one text with the means of another."""
-    stated = content.get("data")  # None where nobody knows, or nodes are held at zero
-    if stated is None:
-        return
-    if fingerprint(read_side(case.data, case.model.config.vocab_size)) != stated:
-        raise ValueError(f"the circuit's means are of other data than {os.path.dirname(case.data)} "
-                         "has; give --data=DIR, or prune the task again")
 
 
 def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict:
     """Measure what a file's card lacks, write it, and print the card; returns the content. Controls
     that are not asked for stay as they are.
 
-    ValueError or OSError, in one line, where that cannot be done; the file then has what was
-    measured until then.
+    ValueError or OSError, in one line, where that cannot be done; the file then has the controls
+    that were run until then.
     """
     content = read_circuit(cfg.circuit)
+    try:
+        with sole_user(os.path.dirname(cfg.circuit) or "."):
+            complete(cfg, content, say)
+    except BlockingIOError:
+        raise ValueError(f"{cfg.circuit}: another process validates it; wait for that") from None
+    except ValueError as e:
+        raise ValueError(f"{cfg.circuit}: {e}") from e
+    say(card_text(content))
+    return content
+
+
+def complete(cfg: ValidateConfig, content: dict, say: Say) -> None:
+    """Measure what the card of a circuit's content lacks, there and in its file."""
+    case = case_of(cfg, content, cfg.window, cfg.seed)
+    check_data(case, content)
     card = content["validation"]
-    with_what = measured_with(cfg, content)
-    old = {"tried": TRIED} | card.get("card", {})  # older cards do not say how many parts they try
+    with_what = measured_with(case, content)
+    old = card.get("card", {})
     same_lines = all(old.get(key) == value for key, value in with_what.items())
     same_controls = all(old.get(key) == with_what[key] for key in OF_CONTROLS)
     runs = card.get("controls", {}) if same_controls else {}
@@ -373,24 +310,23 @@ def validate(cfg: ValidateConfig, say: Say = partial(print, flush=True)) -> dict
     whole = same_lines and {"verdict", *(line.key for line in LINES)} <= card.keys()
     if cfg.again or not whole or missing:
         say(f"validating {cfg.circuit}")
-        try:
-            case = case_of(cfg, content)
-            check_data(case, content)
-            if cfg.again or not whole:
-                card = {**card, **lines_of(case, card, say), "card": with_what}
-                write_card(cfg.circuit, content, card, runs)
-            while missing:
-                runs = with_control(case, runs, *missing[0], say)
-                write_card(cfg.circuit, content, card, runs)
-                missing = missing_controls(runs, cfg.control_seeds, cfg.level)
-        except ValueError as e:
-            raise ValueError(f"{cfg.circuit}: {e}") from e
-    say(card_text(content))
-    return content
+    if cfg.again or not whole:
+        card = {**card, **lines_of(case, card, say), "card": with_what}
+        write_card(cfg.circuit, content, card, runs)
+    while missing:
+        runs = with_control(case, runs, *missing[0], say)
+        write_card(cfg.circuit, content, card, runs)
+        missing = missing_controls(runs, cfg.control_seeds, cfg.level)
+    # of a card that was whole already, as its numbers have it: not what the file says of them
+    stated = content["validation"]
+    content["validation"] = stated | verdict(stated, content["target_loss"], content["n_edges"])
 
 
 def write_card(path: str, content: dict, card: dict, runs: dict[str, list[dict]]) -> None:
-    """Put a card, its controls and the verdict of both into a circuit's content, and write it."""
+    """Put a card, its controls and the verdict of both into a circuit's content, and write it.
+    ValueError where the file has another circuit by now."""
+    if circuit_hash(read_circuit(path)) != circuit_hash(content):
+        raise ValueError("it was pruned anew meanwhile, and stays as it is; validate it again")
     card = {key: value for key, value in card.items() if key != "controls"}
     if runs:
         card["controls"] = runs

@@ -10,7 +10,8 @@ from circuit import ablate, alone
 from circuit_file import circuit_of
 from find import find
 from masks import Gates, MaskConfig, gate_gradient, learn_masks, runs_of
-from measures import Case, frozen_norms, resample_task
+from case import Case
+from measures import frozen_norms, resample_task
 from minimise import minimise
 from search import Search
 from tasks import last_logits

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The rooms from the ground up: a file imports only from those before its own.
 ROOMS = ["config", "fast", "ops", "model_files", "model", "optim", "tokens", "jobs", "plan", "train", "tasks", "circuit", "circuit_file",
-         "live", "ablations", "search", "masks", "edge_masks", "minimise", "processes", "find", "prune", "controls", "measures", "validate", "coupled", "bridge", "steer", "view"]
+         "live", "ablations", "search", "masks", "edge_masks", "minimise", "processes", "find", "prune", "case", "controls", "measures", "validate", "coupled", "bridge", "steer", "view"]
 # Packages that only side paths need: they may be imported where they are used.
 OPTIONAL = {"matplotlib", "optuna", "rustbpe", "safetensors", "triton", "pyarrow", "zstandard"}
 DATA = {"data/tinypython/idioms.py", "data/tinypython/filler.py"}  # tables of words and templates

@@ -15,7 +15,8 @@ import prune
 from circuit import FINAL, Circuit, ablate, all_edges, alone, between, drop_unconnected, graph_of, without_edges
 from circuit_file import answers_of
 from data.tinypython.tokenizer import load_tokenizer, tokenizer_hash
-from measures import Case, standalone
+from case import Case
+from measures import standalone
 from search import Search
 from prune import PruneConfig, constants_of
 from tasks import TASKS, load_pairs

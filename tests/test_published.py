@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import validate
+from case import CaseConfig, case_of
 from circuit import FINAL, ablate, graph_of
 from circuit_file import circuit_of, read_circuit
 from model import record
@@ -81,8 +82,8 @@ def test_nodes_edges_and_halved_losses_are_those_of_the_file(toy):
 def test_validate_measures_what_the_file_states(toy):
     for nodes in (CIRCUIT, WITH_FINAL):
         content = toy.run(viz_of(toy.model, nodes), "--task=toy")
-        cfg = validate.ValidateConfig(circuit=str(toy.path), data=str(toy.folder))
-        case = validate.case_of(cfg, content)
+        cfg = CaseConfig(circuit=str(toy.path), data=str(toy.folder))
+        case = case_of(cfg, content)
         card = validate.lines_of(case, content["validation"], lambda text: None)
         assert card["sufficiency"] == pytest.approx(content["loss_heldout"], abs=1e-5)
         assert card["sufficiency"] < card["necessity"]

@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-import validate
+import case as loading
 import measures
-from circuit import Circuit, all_edges, between
+import validate
+from circuit import FINAL, Circuit, all_edges, between
+from config import sole_user
+from case import Case
 from circuit_file import circuit_of
 from data.tinypython.filler import FILES, GROWN, NOUNS, VARIABLES
 from data.tinypython.tokenizer import DEFAULT, load_tokenizer
@@ -23,7 +26,7 @@ from tasks import Pairs, TASKS, calibrate, load_pairs, margins
 from toy import (TOY, Digits, all_nodes, best_fit, hand_made, nats, one_thread, plain_margins, random_edges, random_model,  # noqa: F401
                  scaled, toy_circuit, toy_pairs, toy_setup, without_afrac)
 from ablations import donor_of
-from measures import (Case, agreement, bank_of, complement, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, necessity_refit, renamed,
+from measures import (agreement, bank_of, complement, frozen, frozen_norms, generalisation, halves, idle, longer, necessity, necessity_refit, renamed,
                       resample, resample_task, resampled, resampled_in_task, standalone, sufficiency, zero_ablation)
 from tokens import fingerprint
 from validate import verdict
@@ -332,12 +335,12 @@ def test_a_circuit_is_judged_on_as_many_pairs_as_its_certificate_names(tmp_path,
     model, cfg, content = toy_circuit(tmp_path, minimal=True, steps=40)
     assert content["validation"]["minimal"]["pairs"] == cfg.fit_pairs == 24
     content["validation"]["minimal"]["pairs"] = 60  # as where several starts were joined
-    monkeypatch.setattr(validate, "load_model", lambda *_: (model, Digits()))
-    monkeypatch.setattr(validate, "check_tokenizer", lambda *_: None)
-    monkeypatch.setattr(validate, "tokenizer_for", lambda *_: None)
-    monkeypatch.setattr(validate, "tokenizer_hash", lambda *_: None)
-    monkeypatch.setattr(validate, "task_in", lambda *_: TOY)
-    case = validate.case_of(validate.ValidateConfig(data=str(tmp_path)), content)
+    monkeypatch.setattr(loading, "load_model", lambda *_: (model, Digits()))
+    monkeypatch.setattr(loading, "check_tokenizer", lambda *_: None)
+    monkeypatch.setattr(loading, "tokenizer_for", lambda *_: None)
+    monkeypatch.setattr(loading, "tokenizer_hash", lambda *_: None)
+    monkeypatch.setattr(loading, "task_in", lambda *_: TOY)
+    case = loading.case_of(loading.CaseConfig(data=str(tmp_path)), content)
     assert len(case.fit) == 60 and case.limit == content["validation"]["minimal"]["target"]
 
 
@@ -431,6 +434,15 @@ def command(toy_run, tmp_path, monkeypatch):
     return run
 
 
+def test_a_setting_that_an_older_file_lacks_has_its_default(command, measured):
+    c = json.loads(command.path.read_text())
+    del c["settings"]["fit_pairs"]
+    c["settings"]["train_pairs"] = PruneConfig().fit_pairs
+    command.path.write_text(json.dumps(c))
+    assert command("--controls=false") == 0
+    assert json.loads(command.path.read_text())["validation"]["card"]["refitted_on"] == PruneConfig().fit_pairs
+
+
 @pytest.mark.parametrize("stored, asked, used", [(8, 0, 8), (0, 0, 8), (5, 0, 5), (5, 3, 3)])
 def test_resampling_takes_the_window_that_is_asked_or_that_pruning_had(command, toy_run, monkeypatch, stored, asked, used):
     seen = []
@@ -503,6 +515,57 @@ def test_a_complete_card_is_not_measured_again_unless_asked_or_set_otherwise(com
     assert measured() == ["lines"]
 
 
+def test_a_card_hangs_on_what_the_data_are_and_not_on_how_their_path_is_spelt(command, toy_run, measured, capsys):
+    command("--level=wiring", "--control_seeds=1")
+    measured()
+    before = command.path.read_bytes()
+    folder = toy_run[1]
+    for spelt in (f"{folder}/", f"{folder}/../{folder.name}"):
+        assert command(f"--data={spelt}", "--controls=false") == 0 and command("--controls=false", "--window=8") == 0
+    assert measured() == [] and command.path.read_bytes() == before
+
+
+def test_a_complete_card_of_another_model_or_with_a_verdict_of_its_own_is_not_believed(command, measured, capsys):
+    command("--controls=false")
+    whole = json.loads(command.path.read_text())
+    capsys.readouterr()
+    whole["validation"]["verdict"] = "Shown: everything."
+    command.path.write_text(json.dumps(whole))
+    assert command("--controls=false") == 0 and "Shown: everything" not in capsys.readouterr().out
+    whole["model"]["sha256"] = "0" * 64
+    command.path.write_text(json.dumps(whole))
+    assert command("--controls=false") == 2 and "not those that it was found in" in capsys.readouterr().err
+
+
+def test_a_circuit_that_was_pruned_anew_meanwhile_stays_as_it_is(command, measured, monkeypatch, capsys):
+    one = validate.run_control
+
+    def pruned_meanwhile(*args):
+        other = json.loads(command.path.read_text())
+        other["logit_scale"] *= 2
+        command.path.write_text(json.dumps(other))
+        return one(*args)
+
+    monkeypatch.setattr(validate, "run_control", pruned_meanwhile)
+    assert command("--level=wiring", "--control_seeds=1") == 2
+    assert "pruned anew meanwhile" in capsys.readouterr().err
+    now = json.loads(command.path.read_text())
+    assert "controls" not in now["validation"] and measured() == ["lines", ("random_signs", 0)]
+
+
+def test_two_commands_do_not_write_one_card(command, measured, capsys):
+    with sole_user(str(command.path.parent)):
+        assert command("--controls=false") == 2
+    assert "another process validates it" in capsys.readouterr().err and measured() == []
+
+
+def test_idle_parts_are_not_stated_where_channels_of_the_last_stream_were_pruned(tmp_path):
+    case = random_case(tmp_path)
+    mask = {**case.circuit.mask, FINAL: torch.ones(case.model.config.d_model, dtype=torch.bool)}
+    assert idle(replace(case, circuit=replace(case.circuit, mask=mask), constants={**case.constants, FINAL: torch.zeros(case.model.config.d_model)})) == {
+        "idle": None, "idle_of": None}
+
+
 def test_only_the_controls_that_a_card_lacks_are_run_and_none_is_lost(command, measured, capsys):
     nonsense = ["exchanged_answers", "foreign_answers", "irrelevant_feature"]
     command("--level=wiring", "--control_seeds=1")
@@ -564,6 +627,9 @@ BAD = [
     (edited(settings=lambda s: {**s, "stepps": 3}), "stepps"),
     (edited(settings=lambda s: {**s, "steps": "300"}), "steps"),
     (edited(settings=lambda s: {**s, "fit_pairs": 0}), "fit_pairs"),
+    (edited(validation=lambda v: {**v, "controls": {"random_signs": [{}]}}), "random_signs.met"),
+    (edited(validation=lambda v: {**v, "card": "x"}), "validation.card"),
+    (edited(validation=lambda v: {**v, "minimal": {**v["minimal"], "pairs": "x"}}), "minimal.pairs"),
     (edited(edges=lambda e: [[*e[0][:4], e[0][4] + 1], *e[1:]]), "has no weight"),
 ]
 

@@ -87,7 +87,7 @@ def make_circuit(
         "validation": {"sufficiency": 0.1241, "necessity": 3.412,
                        "minimal": {"certified": True, "statement": "Each of the <9> parts was left out."},
                        "verdict": "Shown: sufficient & needed.",
-                       "controls": {"random_signs": [{"loss": 0.69, "edges": 77, "met": False, "curve": [[300, 9, 8, 0.7]]}]}},
+                       "controls": {"random_signs": [{"loss": 0.69, "edges": 77, "met": False, "flat": True, "curve": [[300, 9, 8, 0.7]]}]}},
         "examples": examples,
         "seed": 0,
         "settings": {"steps": 500, "k_coef": 1e-4, "adam": {"lr": 0.003}},

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from case import Case, CaseConfig, case_of
 from circuit import Nodes, run_to_last
 from circuit_file import read_circuit
 from data.tinypython.filler import NOUNS, function, number, variable
-from measures import Case, correlation
+from measures import correlation
 from model import GPT, NodeFn, record
 from tasks import (Pairs, Task, calibrate, calibrated, last_logits, load_pairs, loss_of, margin_of,
                    margins)
@@ -27,7 +28,6 @@ from tokens import random_windows
 from tools.figures_lab import Found, Lab, said
 from tools.figures_sizes import AIM, agree, families, ticks_at
 from tools.refute import nodes_of
-from validate import ValidateConfig, case_of
 
 VAL_TOKENS = 32768  # of the validation data
 BRACKETS = "bracket_counting"
@@ -197,7 +197,7 @@ def draw_fig8(figure, data: dict) -> None:
 
 def case_in(lab: Lab, path: str) -> Case:
     """A circuit of the lab and all that it is measured with."""
-    from_file = ValidateConfig(circuit=path, data=lab.data, tokenizer=lab.tokenizer)
+    from_file = CaseConfig(circuit=path, data=lab.data, tokenizer=lab.tokenizer)
     return case_of(from_file, read_circuit(path))
 
 

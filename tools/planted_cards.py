@@ -25,9 +25,10 @@ from dataclasses import dataclass, replace
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import as_script, bounded, die, parse
 
+from case import Case
 from circuit import Circuit, Nodes, drop_unconnected, edges_of
 from data.tinypython.tokenizer import load_tokenizer
-from measures import Case, agreement, idle, necessity, necessity_refit, sufficiency
+from measures import agreement, idle, necessity, necessity_refit, sufficiency
 from minimise import minimise, quiet
 from model import GPT
 from prune import PruneConfig, constants_of

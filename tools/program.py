@@ -38,14 +38,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from case import Case, CaseConfig, case_of
 from circuit import Circuit, alone
 from circuit_file import answers_of, read_circuit
 from live import serves
-from measures import Case, correlation, standalone
+from measures import correlation, standalone
 from tasks import Pairs
 from tools.algorithm import algorithm, look
 from tools.listing import COLUMNS, Writer, number, plain_name
-from validate import ValidateConfig, case_of
 
 REST = Path(__file__).with_name("program_rest.py")
 DASHES = "# --- the same in every program"
@@ -335,8 +335,8 @@ def write_program(path: Path, args: argparse.Namespace) -> Program:
     """Write a circuit's program beside it; prints what it is. ValueError or OSError, in one line
     and with nothing written, where that cannot be done."""
     content = read_circuit(str(path))
-    cfg = ValidateConfig(circuit=str(path), model=args.model, task=args.task, data=args.data,
-                         tokenizer=args.tokenizer)
+    cfg = CaseConfig(circuit=str(path), model=args.model, task=args.task, data=args.data,
+                     tokenizer=args.tokenizer)
     case = case_of(cfg, content)
     names = {}
     if args.names == "tokens":

@@ -28,19 +28,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
-from config import as_script, bounded, die, one_of, parse, write_atomic
+from config import as_script, bounded, die, parse, write_atomic
 
 import torch
 from torch import Tensor
 
 from circuit import Nodes, ablate, heads_of, held_at, inverse
 from circuit_file import read_circuit
-from measures import Case
+from case import Case, CaseConfig, case_of
 from model import NodeFn, device_of, record
 from tasks import (Pairs, answer_id, batches_of, calibrated, last_logits, loss_of, margin_of,
                    margins)
 from tools.inspect import unescaped
-from validate import ValidateConfig, case_of
 
 LOOKED_AT = 4    # tokens that a head is said to look at
 LOOK_PAIRS = 128  # pairs over which that is a mean
@@ -53,13 +52,7 @@ NUMBERS = ("held", "held_right", "held_in_model", "mirrored_turned", "mirrored_f
 
 
 @dataclass
-class RefuteConfig:
-    circuit: str = "out/demo/single_double_quote/circuit.json"
-    model: str = ""                 # "" = the directory that the circuit names
-    task: str = ""                  # a file of pairs that was moved; "" = where the circuit says
-    data: str = "data/tinypython"
-    tokenizer: str = "data/tinypython/tokenizer.tiktoken"
-    device: str = one_of("cpu", "cuda")
+class RefuteConfig(CaseConfig):
     pairs: int = bounded(512, at_least=1)  # held-out pairs
     look_from: str = ""             # a token, in which \\n stands for a newline
 
@@ -287,9 +280,7 @@ def refute(cfg: RefuteConfig) -> dict:
     """All numbers of one circuit. ValueError or OSError, in one line, where they are not to be
     had."""
     content = read_circuit(cfg.circuit)
-    case = case_of(ValidateConfig(circuit=cfg.circuit, model=cfg.model, task=cfg.task,
-                                  data=cfg.data, tokenizer=cfg.tokenizer, device=cfg.device),
-                   content)
+    case = case_of(cfg, content)
     pairs = case.heldout.first(cfg.pairs)
     looking = pairs.first(LOOK_PAIRS)
     starts = {"": None}
