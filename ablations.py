@@ -11,6 +11,7 @@ with --varied masks are learnt, and circuits made minimal, under all of them.
 """
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from circuit import Circuit, Nodes, ablate, alone, held_at, twin, where_held, without_edges
 from model import GPT, NodeFn, record
-from tasks import (Pairs, calibrate, calibrated, last_logits, loss_of, margin_of, unembed_last)
+from tasks import (Pairs, calibrate, calibrated, fitting_batches, last_logits, losses_of_pairs,
+                   margin_of, unembed_last)
 
 VARIED = ("resample_task", "complement", "frozen_norms")
 HALVES = 2  # of the rest awake, where a circuit is judged while it is made: a few must do
@@ -167,25 +169,35 @@ class Varied:
                  for site, g in gates.items()}
         return last_logits(self.model, pairs, ablate(gates, self.constants))
 
-    @torch.no_grad()
     def worst(self, circuit: Circuit, pairs: Pairs) -> float:
-        """The highest loss of a circuit under any of the kinds, nats, as the card measures them.
-        The same draws each time, so that two circuits can be compared."""
+        """The highest loss of a circuit under any of the kinds, nats, as the card measures them."""
+        return self.worst_losses(circuit, pairs).mean().item()
+
+    @torch.no_grad()
+    def worst_losses(self, circuit: Circuit, pairs: Pairs) -> Tensor:
+        """The loss of each pair (n,), nats, under that of the kinds which is the worst for all of
+        them together. The same draws each time, so that two circuits can be compared."""
         generator = torch.Generator().manual_seed(0)
         reduced = without_edges(self.model, circuit, self.constants)
-        values = donated(self.whole, pairs, self.donors, circuit.mask, generator)
-        logits = [last_logits(reduced, pairs, exchange(circuit.mask, values))]
+
+        def resampled(part: Pairs) -> Tensor:
+            values = donated(self.whole, part, self.donors, circuit.mask, generator)
+            return last_logits(reduced, part, exchange(circuit.mask, values))
+
+        runs = [resampled]
         if "frozen_norms" in self.kinds:
             nodes = ablate(circuit.mask, self.constants)
-            logits.append(Stiff(self.whole, reduced).logits(pairs, nodes))
-        losses = []
-        for x in logits:
-            margin = margin_of(x, pairs)
-            losses.append(loss_of(calibrated(margin, circuit.scale, circuit.shift)))
+            runs.append(partial(Stiff(self.whole, reduced).logits, nodes=nodes))
+        found = []
+        for run in runs:
+            # every node of every prompt is held in memory meanwhile
+            parts = [margin_of(run(part), part) for part in fitting_batches(self.model, pairs)]
+            margin = torch.cat(parts)
+            found.append(losses_of_pairs(calibrated(margin, circuit.scale, circuit.shift)))
 
-        halves = 0.0
+        halves = torch.zeros(len(pairs), device=pairs.ids.device)
         for _ in range(HALVES):
             margin = alone(self.model, half_awake(circuit, generator), self.constants)(pairs)
             scale, shift = calibrate(margin)  # anew: the rest that is awake does its part
-            halves += loss_of(calibrated(margin, scale, shift)) / HALVES
-        return max(*losses, halves)
+            halves += losses_of_pairs(calibrated(margin, scale, shift)) / HALVES
+        return max([*found, halves], key=torch.mean)

@@ -46,7 +46,7 @@ class Certificate:
         text = (f"Each of the {self.parts} nodes and edges was left out alone, with what then had "
                 f"no path: on {self.pairs} training pairs the loss passed {self.target:.3f} nats")
         if self.varied:
-            text += ", at the means or under a varied ablation"
+            text += ", at the means or, on a quarter of the pairs, under a varied ablation"
         if self.necessity:
             text += f", or the model lost less than {self.necessity} nats without the rest"
         return f"{text}. Groups of parts were not tried."

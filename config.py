@@ -198,7 +198,10 @@ def parse(cls, argv: list[str]):
     """
     types = {f.name: type(f.default) for f in fields(cls)}
     source, overrides = _read_argv(cls, argv, types)
-    values = {} if source is None else read_toml(source)
+    try:
+        values = {} if source is None else read_toml(source)
+    except ValueError as e:
+        die(e)
     where = dict.fromkeys(values, source)  # for messages: who asked for this value
     for key, text in overrides:
         values[key] = _literal(text, types.get(key, str))
@@ -288,14 +291,14 @@ def _print_help(cls) -> None:
 
 
 def read_toml(path: str) -> dict:
-    """The content of a TOML file. Exits with status 2, in one line, where it cannot be read."""
+    """The content of a TOML file. ValueError, in one line, where it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the front
             return tomllib.loads(f.read())
     except OSError as e:
-        die(f"cannot read the config file {path!r}: {e.strerror}")
+        raise ValueError(f"cannot read the config file {path!r}: {e.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        die(f"{path} is not valid TOML: {e}")
+        raise ValueError(f"{path} is not valid TOML: {e}") from None
 
 
 def _literal(text: str, want: type):

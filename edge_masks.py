@@ -2,7 +2,8 @@
 
 Node masks leave a sparse model's circuit with few edges, to be tried one by one (minimise.py). In a
 dense model, or where a model is to do what it never learnt, some hundred nodes have tens of
-thousands of edges between them. `leave_out_by_masks` learns which of them are needed, all at once.
+thousands of edges between them. `leave_out_by_masks` learns which of them are needed, all at once,
+with the defaults of `MaskConfig` and at the means alone, whatever the nodes were learnt with.
 
 The paper counts edges, and has masks over nodes alone; this is an extension of ours.
 """

@@ -26,7 +26,8 @@ from tasks import Pairs, answer_ids, batches_of, task_loss
 
 # Node activations at a time in a forward and backward pass; each takes about 16 bytes.
 ACTIVATIONS = {"cpu": 2**26, "cuda": 2**30}
-NEARLY = 3  # times the target: a circuit that does the task, but for its size
+NEARLY = 3  # times the target: so near, a circuit is worth going back to
+LARGEST_K = 1.0  # nats per gate: as much as a task has to lose; without it k outgrows its numbers
 BROKEN = math.log(2)  # nats: worse than a coin; such a circuit has hardly a gradient to mend by
 
 
@@ -40,15 +41,15 @@ class MaskConfig:
     steps: int = bounded(300, at_least=1)
     batch_pairs: int = bounded(16, at_least=1)
     lr: float = bounded(0.01, above=0)
-    k_coef: float = 0.0003          # nats per open gate, at first
-    k_rate: float = 0.05            # how fast k follows the loss; 0 = fixed, as in the paper
+    k_coef: float = bounded(0.0003, at_least=0)  # nats per open gate, at first
+    k_rate: float = bounded(0.05, at_least=0, at_most=1)  # how fast k follows the loss; 0 = fixed
     # Gates that all begin alike close together, those that matter with those that do not: on a task
     # that the model does perfectly no gradient tells them apart. The paper's are 0.01 and 0.1.
     init_noise_scale: float = bounded(0.1, at_least=0)
     init_noise_bias: float = bounded(0.3, above=0)
-    weight_decay: float = 0.001
-    beta2: float = 0.95
-    warmup: float = 0.05            # share of the steps
+    weight_decay: float = bounded(0.001, at_least=0)
+    beta2: float = bounded(0.95, at_least=0, below=1)
+    warmup: float = bounded(0.05, at_least=0, at_most=1)  # share of the steps
     heaviside_temp: float = bounded(1.0, above=0)
     grad_clip: float = bounded(1.0, above=0)
 
@@ -165,6 +166,7 @@ def learn_gates(runs: dict[str, Forward], pairs: Pairs, gates: Gates, cfg: MaskC
         mean = max(means.values())
         # down faster than up: a broken circuit has little gradient by which it could mend
         k *= math.exp(cfg.k_rate * max(-4.0, min(1.0, 1 - mean / (2 / 3 * target))))
+        k = min(k, LARGEST_K)
         if max(mean, loss) <= target and gate.sum() < fewest:
             best = tau.detach().clone()
             fewest = gate.sum()

@@ -12,7 +12,7 @@ from config import die
 
 import torch
 
-from data.workers import begin_worker, cores, worker_pool
+from data.workers import begin_worker, cores, submit, worker_pool
 
 
 def in_processes(f: Callable, items: Collection, jobs: int) -> list:
@@ -25,7 +25,7 @@ def in_processes(f: Callable, items: Collection, jobs: int) -> list:
     try:
         with worker_pool(jobs, partial(_begin_worker, threads)) as pool:
             # not pool.map: what it cancels when a signal ends this process, the pool may fail on
-            begun = [pool.submit(result_or_reason, f, item) for item in items]
+            begun = [submit(pool, result_or_reason, f, item) for item in items]
             return [future.result() for future in begun]
     except BrokenProcessPool:
         die("a process was killed, perhaps for want of memory; what it has written is kept: "
@@ -41,5 +41,7 @@ def result_or_reason(f: Callable, item):
     """f(item), or the text of its ValueError or OSError: one item's failure ends no other."""
     try:
         return f(item)
+    except BrokenPipeError:  # whoever read what we print has gone: no failure of the item
+        raise
     except (ValueError, OSError) as e:
         return str(e)

@@ -126,10 +126,10 @@ def data_hash(cfg: PruneConfig) -> str | None:
 # --- one model and task ---------------------------------------------------------------------
 
 def prune(loaded: Loaded, task: Task, cfg: PruneConfig, say=print) -> Iterator[dict]:
-    """Find, then measure and describe: the content of circuit.json for each target loss.
+    """Find, then measure and describe: the content of circuit.json for each target loss that can be
+    met; `say` tells why another one cannot.
 
-    ValueError, before anything is looked for, where the model fails the task; and where no circuit
-    meets a target.
+    ValueError where none can: where the model fails the task, before anything is looked for.
     """
     model, tokenizer, constants, sha256, data = loaded
     device = model.lm_head.weight.device
@@ -139,15 +139,22 @@ def prune(loaded: Loaded, task: Task, cfg: PruneConfig, say=print) -> Iterator[d
     heldout = load_pairs(task, tokenizer, cfg.heldout_pairs, "heldout", T, cfg.seed).to(device)
     cfg = sized(cfg, task, pairs, heldout, say)
     train, apart = set_apart(pairs, cfg)
-    check_solved(model, task, train, heldout, cfg)
-    for target, circuit in zip(cfg.target_loss, find(model, train, apart, constants, cfg, say)):
+    unmet = unsolved(model, task, train, heldout, cfg)
+    targets = tuple(target for target in cfg.target_loss if target not in unmet)
+    for target, circuit in zip(targets, find(model, train, apart, constants,
+                                             replace(cfg, target_loss=targets), say)):
         if not circuit.loss <= target:
-            raise ValueError(f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} "
+            unmet[target] = (f"no circuit of {task.name} meets {target} nats on {cfg.fit_pairs} "
                              "training pairs; raise --target_loss")
+            continue
         yield content_of(Found(
             model=model, model_dir=cfg.model, sha256=sha256, data=data, task=task,
             tokenizer=tokenizer, circuit=circuit, constants=constants, target_loss=target,
             train=train, heldout=heldout, settings=settings_in_file(cfg)))
+    for why in unmet.values():
+        if len(unmet) == len(cfg.target_loss):
+            raise ValueError(why)
+        say(f"  {why}")
 
 
 def sized(cfg: PruneConfig, task: Task, pairs: Pairs, heldout: Pairs, say=print) -> PruneConfig:
@@ -172,18 +179,21 @@ def set_apart(pairs: Pairs, cfg: PruneConfig) -> tuple[Pairs, Pairs | None]:
     return pairs.take(train), pairs.take(apart) if len(apart) else None
 
 
-def check_solved(model: GPT, task: Task, train: Pairs, heldout: Pairs, cfg: PruneConfig) -> None:
-    """ValueError where the whole model's loss on held-out pairs is above a target."""
+def unsolved(model: GPT, task: Task, train: Pairs, heldout: Pairs,
+             cfg: PruneConfig) -> dict[float, str]:
+    """The targets that the whole model's loss on held-out pairs is above, and that in words."""
     unpruned = margins(model, heldout)
     scale, shift = calibrate(margins(model, train.first(cfg.fit_pairs)))
     # calibrated on training pairs, as its circuits are
     at_best = min(loss_of(unpruned), loss_of(calibrated(unpruned, scale, shift)))
+    found = {}
     for target in cfg.target_loss:
         if not at_best <= target:  # nor is NaN a solution
-            raise ValueError(
+            found[target] = (
                 f"the unpruned model does not solve {task.name}: loss {loss_of(unpruned):.3f} nats "
                 f"held out ({at_best:.3f} calibrated), target {target}; train longer, or raise "
                 "--target_loss")
+    return found
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -257,8 +267,8 @@ def prune_task(cfg: PruneConfig, task: str, say=partial(print, flush=True)) -> l
     """
     its_pairs = task_of(task)
     name = its_pairs.name  # the folder of its circuit, also where the pairs are in a file
-    say(f"pruning {cfg.model} to the circuit of {name}; "
-        f"means over {cfg.mean_tokens} pretraining tokens")
+    held = "zero" if cfg.ablation == "zero" else f"means over {cfg.mean_tokens} pretraining tokens"
+    say(f"pruning {cfg.model} to the circuit of {name}; other nodes are held at {held}")
     circuits = []
     for circuit in prune(load(cfg), its_pairs, replace(cfg, task=task), say):
         path = path_of(cfg, name, circuit["target_loss"])
@@ -290,8 +300,11 @@ def prune_all(cfg: PruneConfig) -> None:
             print(f"{task}: no circuit: {result}")
         else:
             solved[task] = result
-    for i, target in enumerate(cfg.target_loss):
-        print_table(target, {task: circuits[i] for task, circuits in solved.items()})
+    for target in cfg.target_loss:
+        rows = {}
+        for task, circuits in solved.items():
+            rows |= {task: c for c in circuits if c["target_loss"] == target}
+        print_table(target, rows)
     if not solved:
         die("no task has a circuit (reasons above)")
 

@@ -57,6 +57,7 @@ class Search:
 
         with torch.no_grad():
             self.live = Live(model, constants, pairs) if serves(model) else None
+        self.trial = None   # (circuit, prepared, what sublayers wrote): the one fitted last
         self.pairs_run = 0  # pairs on which circuits were run, for those who have only so many
         # the accepted circuit, prepared, and what each sublayer writes for each batch
         self.accepted: Circuit | None = None
@@ -114,7 +115,7 @@ class Search:
         return run, None
 
     def accept(self) -> Circuit:
-        """The circuit fitted last is what the next ones start from."""
+        """The circuit fitted last, on all pairs, is what the next ones start from."""
         self.accepted, self.ready, self.writes = self.trial
         return self.accepted
 

@@ -289,6 +289,11 @@ def loss_of(margin: Tensor) -> float:
     return F.softplus(-margin).mean().item()
 
 
+def losses_of_pairs(margin: Tensor) -> Tensor:
+    """Of each pair, (n,), nats: the mean over its two prompts, whose losses hang together."""
+    return F.softplus(-margin).view(-1, 2).mean(1)
+
+
 # --- calibration: pruning weakens the logits, and tilts them toward one answer -----------------
 
 def calibrated(margin: Tensor, scale, shift) -> Tensor:

@@ -267,15 +267,18 @@ def window_of(model_dir: str, block_size: int, asked: int = 0) -> int:
     it saw in training: by the train.toml of its directory or, without one, at most 256 (the
     published models take 1,024 tokens, but past the 256 of their training they are worse).
 
-    ValueError where more is asked than the model takes.
+    ValueError where more is asked than the model takes, or train.toml is damaged.
     """
     if asked > block_size:
         raise ValueError(f"window {asked} exceeds the model's block_size {block_size}")
     if asked:
         return asked
     run = os.path.join(model_dir, "train.toml")
-    trained = read_toml(run).get("block_size", block_size) if os.path.exists(run) \
-        else PUBLISHED_WINDOW
+    if not os.path.exists(run):
+        return min(PUBLISHED_WINDOW, block_size)
+    trained = read_toml(run).get("block_size", block_size)
+    if type(trained) is not int or trained < 1:
+        raise ValueError(f"{run} has block_size = {trained!r}, which is no number of tokens")
     return min(trained, block_size)
 
 

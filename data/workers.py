@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 
@@ -27,6 +27,8 @@ def cores() -> int:
 def begin_worker(parent: int) -> None:
     """The first thing that a worker does. parent: the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -53,6 +55,18 @@ def worker_pool(workers: int, begin: Callable = begin_worker) -> Iterator[Proces
     pool.shutdown(cancel_futures=True)
 
 
+def submit(pool: ProcessPoolExecutor, f: Callable, *args) -> Future:
+    """`pool.submit`, which may start a process. Until that has loaded what it needs and ignores
+    Ctrl-C, for seconds, a Ctrl-C would end it with a traceback: it is born with it blocked."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return pool.submit(f, *args)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(f, *args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def in_order(pool, f: Callable, items: Iterable, workers: int) -> Iterator:
     """f(item) of each item, in the order of the items. pool: of `worker_pool`, or None to do it
     here."""
@@ -61,7 +75,7 @@ def in_order(pool, f: Callable, items: Iterable, workers: int) -> Iterator:
         return
     begun = deque()
     for item in items:
-        begun.append(pool.submit(f, item))
+        begun.append(submit(pool, f, item))
         if len(begun) >= AHEAD * workers:
             yield begun.popleft().result()
     while begun:

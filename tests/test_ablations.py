@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import prune
+import ablations
 from ablations import VARIED, Stiff, Varied, awake, donated, exchange, half_awake
 from circuit import ablate, alone
 from circuit_file import circuit_of
@@ -14,7 +15,7 @@ from case import Case
 from measures import frozen_norms, resample_task
 from minimise import minimise
 from search import Search
-from tasks import last_logits
+from tasks import batches_of, last_logits
 from toy import (TOY, Digits, all_edges, all_nodes, hand_made, loaded, parallel_model, random_model, toy_pairs, toy_setup)
 
 
@@ -79,7 +80,7 @@ def test_values_of_the_prompt_itself_change_nothing(tmp_path, seed):
     torch.testing.assert_close(last_logits(model, one, exchange(shut, values)), last_logits(model, one), rtol=1e-4, atol=1e-4)
 
 
-def test_the_worst_is_the_cards_own_numbers(tmp_path, seed):
+def test_the_worst_is_the_cards_own_numbers(tmp_path, seed, monkeypatch):
     model, cfg, constants = toy_setup(tmp_path, random_model())
     train, heldout = toy_pairs(64), toy_pairs(40, "heldout")
     search = Search(model, constants, train)
@@ -92,6 +93,10 @@ def test_the_worst_is_the_cards_own_numbers(tmp_path, seed):
     assert varied.worst(circuit, heldout) >= norms - 1e-4
     assert varied.worst(circuit, heldout) == varied.worst(circuit, heldout)
     assert varied.worst(circuit, heldout) == pytest.approx(max(lines), rel=0.5)
+    # whatever their number at a time
+    together = varied.worst_losses(circuit, heldout)
+    monkeypatch.setattr(ablations, "fitting_batches", lambda model, pairs: batches_of(pairs, 7))
+    assert varied.worst_losses(circuit, heldout) == pytest.approx(together.numpy(), abs=1e-5)
     only = Varied(model, model, constants, train)
     only.kinds = ("resample_task", "complement")
     assert only.worst(circuit, heldout) <= varied.worst(circuit, heldout)

@@ -163,7 +163,7 @@ def test_help_shows_what_a_key_means_and_what_it_may_be(capsys):
     out = capsys.readouterr().out
     assert "--ablation=mean                   what a node outside the circuit is held at (mean or zero)\n" in out
     assert "--tie_qk=false                    one gate for a query channel" in out  # of the class that it extends
-    assert "--warmup=0.05                     share of the steps\n" in out and "--seed=0                          at least 0\n" in out
+    assert "--warmup=0.05                     share of the steps (at least 0 and at most 1)\n" in out and "--seed=0                          at least 0\n" in out
 
 
 def test_a_path_that_is_not_utf_8_is_one_line(capsys):

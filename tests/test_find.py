@@ -227,6 +227,8 @@ def test_a_varied_circuit_is_judged_on_pairs_set_apart_by_its_worst_ablation(tmp
     circuit = plain.fit({**all_nodes(model), "0.attn.v": torch.arange(6) < 2}, all_edges(model))
     apart = toy_pairs(40, "heldout")
     at_means = find.with_loss_apart(plain, circuit, apart).loss_apart
-    worst = varied.varied.worst(circuit, apart.first(len(varied.quarter)))
-    assert worst > at_means + 0.01
-    assert find.with_loss_apart(varied, circuit, apart).loss_apart == pytest.approx(worst)
+    losses = varied.varied.worst_losses(circuit, apart)
+    assert losses.shape == (40,) and losses.mean() > at_means + 0.01
+    got = find.with_loss_apart(varied, circuit, apart)
+    assert got.loss_apart == pytest.approx(losses.mean().item())
+    assert got.error_apart == pytest.approx(losses.std().item() / 40 ** 0.5)  # of that loss, not of that at the means

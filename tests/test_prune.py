@@ -273,6 +273,21 @@ def test_a_loss_that_is_not_a_number_solves_nothing(tmp_path):
 
 # --- several targets, attribution, minimal ---------------------------------------------------------
 
+def test_a_target_that_cannot_be_met_costs_no_other_its_circuit(tmp_path):
+    model, cfg, constants = toy_setup(tmp_path, parallel_model(cross=-0.3), target_loss=(1e-6, 0.5))
+    said = []
+    (c,) = prune.prune(loaded(model, cfg, constants), TOY, cfg, said.append)
+    assert c["target_loss"] == 0.5 and c["settings"]["target_loss"] == (1e-6, 0.5)
+    assert sum("does not solve toy" in text and "target 1e-06" in text for text in said) == 1
+    one = replace(cfg, target_loss=(0.5,))
+    (alone,) = prune.prune(loaded(model, one, constants), TOY, one, said.append)
+    assert (alone["nodes"], alone["edges"]) == (c["nodes"], c["edges"])
+    hopeless = replace(cfg, target_loss=(1e-6, 1e-7))
+    with pytest.raises(ValueError, match="target 1e-06"):
+        list(prune.prune(loaded(model, hopeless, constants), TOY, hopeless, said.append))
+
+
+
 def test_several_targets_give_circuits_that_meet_each_and_do_not_grow_with_the_target(tmp_path):
     _, _, circuits = toy_circuits(tmp_path, parallel_model(cross=-0.3), target_loss=(0.36, 0.5, 0.6))
     assert [c["target_loss"] for c in circuits] == [0.36, 0.5, 0.6] and all(c["loss"] <= c["target_loss"] for c in circuits)
