@@ -2,7 +2,8 @@
 pruned, each of them once.
 
 - `Lab.train`: runs of the table, each a command line of its own in a child process. A run whose
-  command is the same goes on where it stopped, and one that is finished is not begun again.
+  command and data are the same goes on where it stopped, and one that is finished is not begun
+  again.
 - `Lab.matched`: for each sparse model a dense one of the same validation loss, found by its steps.
 - `Lab.circuits`: prunings, several at a time; what an earlier call has left is read, also that a
   task has no circuit.
@@ -17,18 +18,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from config import write_atomic
 
-from circuit_file import write_circuit
+from case import Case, CaseConfig, case_of
+from circuit_file import read_circuit, write_circuit
 from data.workers import cores
 from minimise import quiet
 from model_files import weights_hash
 from processes import in_processes
 from prune import PruneConfig, already_pruned, load, path_of, prune, settings_in_file
 from tasks import task_of
-from tokens import read_data
+from tokens import fingerprint, read_data
 from tools.formation import read_log
 from tools.planted import cell
 
@@ -39,9 +41,10 @@ FIRST_STEPS = 2400   # of the first of them
 PER_DOUBLING = 0.15
 POLL = 0.2           # seconds between looks at the children
 SAY_EVERY = 60       # seconds between lines of progress while models are trained
-MARK = "figures.json"        # in a run's folder: its command, and whether that is finished
+MARK = "figures.json"  # in a run's folder: its command and data, and whether that is finished
 LOG = "figures.log"          # beside it: what the command printed
 NO_CIRCUIT = "no_circuit.json"
+DIVERGED = "so the run stops here"  # what train.py says of a loss that is no number
 # The ways of pruning that figures compare. The paper's pruner bisects a ranking of the nodes.
 KINDS = {
     "paper": {},
@@ -65,7 +68,7 @@ class Run:
     """A model of the table: the command that trains it."""
     config: str                    # a path
     options: tuple[str, ...] = ()  # {out} stands for the directory of all runs
-    minutes: float = 8.0           # expected, on one core
+    minutes: float = 6.0           # expected, on one core
     script: str = "train.py"       # as it follows `python`
     after: tuple[str, ...] = ()    # runs that must be finished before
 
@@ -103,6 +106,12 @@ class Lab:
     # start, and all that it compares has as many.
     pruning: dict = field(default_factory=dict)
 
+    @cached_property
+    def data_hash(self) -> str:
+        """The `fingerprint` of the data: runs and figures of other data are others."""
+        train, _, _ = read_data(self.data, 1)
+        return fingerprint(train)
+
     # --- runs ---------------------------------------------------------------------------------
 
     def folder(self, name: str) -> str:
@@ -118,16 +127,19 @@ class Lab:
                 f"--out_dir={self.folder(name)}", *options]
 
     def mark_of(self, name: str) -> dict:
-        """What the mark of a run says; {} where there is none, or one of another command."""
+        """What the mark of a run says; {} where there is none, or one of another command or other
+        data."""
         try:
             with open(os.path.join(self.folder(name), MARK), encoding="utf-8") as f:
                 mark = json.load(f)
-            return mark if mark["command"] == self.command(name) else {}
+            same = mark["command"] == self.command(name) and mark["data"] == self.data_hash
+            return mark if same else {}
         except (OSError, ValueError, TypeError, LookupError):
             return {}
 
-    def mark(self, name: str, finished: bool) -> None:
-        text = json.dumps({"command": self.command(name), "finished": finished})
+    def mark(self, name: str, finished: bool, diverged: str = "") -> None:
+        text = json.dumps({"command": self.command(name), "data": self.data_hash,
+                           "finished": finished, "diverged": diverged})
         write_atomic(os.path.join(self.folder(name), MARK), text.encode())
 
     def is_finished(self, name: str) -> bool:
@@ -162,9 +174,16 @@ class Lab:
                 stdin=subprocess.DEVNULL, start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
-    def train(self, names: Iterable[str]) -> None:
-        """Train what is missing of these runs, `jobs` at a time. ValueError where a run fails."""
+    def diverged(self, name: str) -> str:
+        """What a run said that ended because its loss became no number; "" of any other."""
+        return self.mark_of(name).get("diverged", "")
+
+    def train(self, names: Iterable[str], may_diverge: bool = False) -> None:
+        """Train what is missing of these runs, `jobs` at a time. ValueError where a run fails.
+        may_diverge: that a loss becomes no number is a result too, and not tried again."""
         waiting = self.missing(names)
+        if may_diverge:
+            waiting = [name for name in waiting if not self.diverged(name)]
         running = {}
         said = time.monotonic()
         try:
@@ -176,7 +195,12 @@ class Lab:
                     running[name] = self.start(name)
                 time.sleep(POLL)
                 for name in [name for name, child in running.items() if child.poll() is not None]:
-                    self.ended(name, running.pop(name).returncode)
+                    status = running.pop(name).returncode
+                    last = last_line(self.log_of(name))
+                    if may_diverge and status != 0 and DIVERGED in last:
+                        self.mark(name, False, last)
+                    else:
+                        self.ended(name, status)
                 if time.monotonic() - said > SAY_EVERY:
                     said = time.monotonic()
                     for name in running:
@@ -209,14 +233,19 @@ class Lab:
 
     def loss_of(self, name: str) -> float:
         """Nats per token of validation data at the end of a run, each part weighed by its size."""
-        path = os.path.join(self.folder(name), "log.jsonl")
-        losses = [entry["val_loss"] for entry in read_log(path) if "val_loss" in entry]
-        if not losses:
-            raise ValueError(f"{path} has no validation loss")
+        losses = self.at_the_end(name, "val_loss")
         _, _, meta = read_data(self.data, 1)
         sizes = {part: end - start for part, (start, end) in meta["val_parts"].items()}
-        total = sum(losses[-1][part] * n for part, n in sizes.items())
+        total = sum(losses[part] * n for part, n in sizes.items())
         return total / sum(sizes.values())
+
+    def at_the_end(self, name: str, key: str):
+        """What a run's last evaluation logged. ValueError where there was none."""
+        path = os.path.join(self.folder(name), "log.jsonl")
+        found = [entry[key] for entry in read_log(path) if key in entry]
+        if not found:
+            raise ValueError(f"{path} has no {key}")
+        return found[-1]
 
     def matched(self, seeds: Sequence[int] | None = None) -> dict[str, str]:
         """{sparse run: a dense run within CLOSE nats of its validation loss}, trained until found.
@@ -319,6 +348,12 @@ def said(values: Sequence[float | None], form: str) -> str:
     """Median and range of those that there are."""
     there = [value for value in values if value is not None]
     return cell(there, form) if there else "–"
+
+
+def case_in(lab: Lab, path: str) -> Case:
+    """A circuit of the lab and all that it is measured with."""
+    from_file = CaseConfig(circuit=path, data=lab.data, tokenizer=lab.tokenizer)
+    return case_of(from_file, read_circuit(path))
 
 
 # --- prunings that are kept ----------------------------------------------------------------------

@@ -9,14 +9,17 @@ A model's size is the geometric mean of its circuits' edges over tasks (paper 2.
 compared, over the tasks that have a circuit in each of them. Losses are in nats.
 """
 import statistics
+from dataclasses import replace
 
 from circuit import alone, inverse
 from find import leading_gates, rank
 from masks import Gates
 from minimise import quiet
+from model import GPT
+from optim import kind_of
 from prune import PruneConfig, constants_of, geometric_mean
 from search import Search
-from tasks import calibrated, load_model, load_pairs, loss_of, margins, task_of
+from tasks import calibrate, calibrated, load_model, load_pairs, loss_of, margins, task_of
 from tools.figures_lab import Edges, Found, Lab, common_tasks, said
 
 AIM = 0.15                        # nats: the paper's target where there is one
@@ -63,6 +66,17 @@ def agree(points: list[dict], fixed: str, along: str, key: str, rises: bool) -> 
     return f"{right} of {n} steps"
 
 
+def by_target(rows: list[dict], first: str, second: str, times: str) -> list[list[str]]:
+    """The table of curves: of each target the number of tasks, both sizes and their ratio."""
+    table = [["target, nats", "tasks", first, second, times]]
+    for target in TARGETS:
+        some = [row for row in rows if row["target"] == target]
+        table.append([f"{target:g}", n_tasks(some),
+                      *(said([row[key] for row in some], form)
+                        for key, form in (("first", ".0f"), ("second", ".0f"), ("ratio", ".1f")))])
+    return table
+
+
 def n_tasks(rows: list[dict]) -> str:
     """Over how many tasks means were taken, as a range where it differs."""
     counts = sorted({len(row["tasks"]) for row in rows})
@@ -93,8 +107,9 @@ def draw_sizes(axis, rows: list[dict], key: str, label: str, style: str) -> None
 # --- Fig. 2 ------------------------------------------------------------------------------------
 
 def fig2(lab: Lab) -> Found:
-    """Edges against target loss of sparse and dense models of the same validation loss; and the
-    sparse ones' minimal circuits. A dense one's, of thousands of edges, would take hours."""
+    """Edges against target loss of sparse and dense models of the same validation loss; and at one
+    target minimal circuits: of the sparse ones those of all tasks, of the dense ones that of the
+    first. Such a one, of thousands of edges, takes a quarter of an hour."""
     pairs = lab.matched()
     runs = [*pairs, *pairs.values()]
     edges = lab.edges("paper", runs, TARGETS)
@@ -111,6 +126,10 @@ def fig2(lab: Lab) -> Found:
         there = [n for n in of_tasks if n is not None]
         small.append({"target": AIM, "sparse": row["sparse"], "tasks": len(there),
                       "edges": geometric_mean(there) if there else None})
+    one = replace(lab, tasks=lab.tasks[:1])
+    minimal |= one.edges("minimal", list(pairs.values()), (AIM,))
+    of_one = [compared(*(sizes_of(one, minimal, run, AIM) for run in both))
+              for both in pairs.items()]
     ratios = [row["ratio"] for row in at_aim]
     losses = {run: lab.loss_of(run) for run in runs}
     models = ", ".join(f"{sparse} {losses[sparse]:.2f} and {dense} {losses[dense]:.2f} nats"
@@ -118,8 +137,12 @@ def fig2(lab: Lab) -> Found:
     text = (f"at {AIM} nats {said(ratios, '.0f')} times fewer, over {n_tasks(at_aim)} tasks: "
             f"{said([row['first'] for row in at_aim], '.0f')} edges, and "
             f"{said([row['second'] for row in at_aim], '.0f')}; made minimal, the sparse ones "
-            f"have {said([row['edges'] for row in small], '.1f')}")
-    return Found(text, models, {"rows": rows, "minimal": small, "losses": losses})
+            f"have {said([row['edges'] for row in small], '.1f')}. Minimal ones of {one.tasks[0]} "
+            f"have {said([row['ratio'] for row in of_one], '.0f')} times fewer: "
+            f"{said([row['first'] for row in of_one], '.0f')}, and "
+            f"{said([row['second'] for row in of_one], '.0f')}")
+    data = {"rows": rows, "minimal": small, "minimal_of_one": of_one, "losses": losses}
+    return Found(text, models, data, by_target(rows, "sparse", "dense", "times fewer"))
 
 
 def draw_fig2(figure, data: dict) -> None:
@@ -152,7 +175,8 @@ def fig3(lab: Lab) -> Found:
     larger = (agree(points, "l0", "width", "loss", False),
               agree(points, "l0", "width", "edges", False))
     text = (f"sparser at a fixed width: worse in {sparser[0]}, smaller circuits in {sparser[1]}; "
-            f"wider at a fixed L0: better in {larger[0]}, smaller circuits in {larger[1]}")
+            f"wider at a fixed L0: better in {larger[0]}, smaller circuits in {larger[1]} (minimal "
+            "circuits; one seed a model, and three seeds of one model differ by some 1.5 times)")
     table = [["width", "L0, times the demo's", "nats", "edges, minimal"]]
     for p in points:
         table.append([f"{p['width']}", f"{p['l0']:g}", f"{p['loss']:.3f}", f"{p['edges']:.1f}"])
@@ -193,7 +217,8 @@ def fig31(lab: Lab) -> Found:
         ratios = [row["ratio"] for row in rows if row["target"] == target]
         text.append(f"{said(ratios, '.1f')} at {target}")
     measured = f"attribution needs so many times the edges: {'; '.join(text)} nats"
-    return Found(measured, f"{', '.join(runs)}, over {n_tasks(rows)} tasks", {"rows": rows})
+    table = by_target(rows, "learned masks", "attribution", "times the edges")
+    return Found(measured, f"{', '.join(runs)}, over {n_tasks(rows)} tasks", {"rows": rows}, table)
 
 
 def draw_fig31(figure, data: dict) -> None:
@@ -217,8 +242,9 @@ def fig32(lab: Lab) -> Found:
         first += [row for row in curve if row["sufficiency"] <= AIM][:1]
     nodes = said([row["nodes"] for row in first], ".0f")
     without = said([row["necessity"] for row in first], ".2f")
+    refit = said([row["necessity_refit"] for row in first], ".2f")
     measured = (f"sufficient ({AIM} nats) from {nodes} nodes on; the model without those has "
-                f"{without} nats (a coin flip: {COIN})")
+                f"{without} nats, recalibrated {refit} (a coin flip: {COIN})")
     return Found(measured, f"{', '.join(runs)}, {lab.tasks[0]}", {"curves": curves})
 
 
@@ -238,11 +264,14 @@ def growth(cfg: PruneConfig) -> tuple[str, list[dict]]:
     for k in growing(len(ranking.order)):
         circuit = leading_gates(search, gates, ranking, k)
         margin = alone(model, circuit, constants)(heldout)
-        rest = margins(model, heldout, inverse(circuit.mask, constants))
+        without = inverse(circuit.mask, constants)
+        rest = margins(model, heldout, without)
+        anew = calibrate(margins(model, train.first(cfg.fit_pairs), without))
         rows.append({
             "gates": k, "nodes": circuit.size[0], "edges": circuit.size[1],
             "sufficiency": loss_of(calibrated(margin, circuit.scale, circuit.shift)),
-            "necessity": loss_of(rest)})
+            "necessity": loss_of(rest),
+            "necessity_refit": loss_of(calibrated(rest, *anew))})
     return f"  {cfg.model}: {len(rows)} sizes of a circuit", rows
 
 
@@ -283,42 +312,72 @@ def appendix_d(lab: Lab) -> Found:
 
 
 def beside_recipe(lab: Lab, others: dict[str, str]) -> Found:
-    """Other runs beside the recipe's: validation loss, and edges on the tasks that both have.
+    """Other runs beside the recipe's: validation loss, dead neurons, and edges on the tasks that
+    both have. A loss that became no number is a result as well.
 
     others: run -> what it is called.
     """
     whole = [f"sparse{seed}" for seed in lab.seeds]
     labels = dict.fromkeys(whole, "the recipe") | others
-    runs = list(labels)
-    lab.train(runs)
-    edges = lab.edges("minimal", runs, (AIM,))
+    lab.train(labels, may_diverge=True)
+    trained = [run for run in labels if not lab.diverged(run)]
+    edges = lab.edges("minimal", trained, (AIM,))
     usual = {}
     for task in lab.tasks:
         counts = [edges[run, task, AIM] for run in whole]
         usual[task] = None if None in counts else statistics.median(counts)
     rows = []
     for run, label in labels.items():
+        if run not in trained:
+            rows.append({"label": label, "run": run, "diverged": lab.diverged(run)})
+            continue
         rows.append({"label": label, "run": run, "loss": lab.loss_of(run),
+                     "dead": lab.at_the_end(run, "dead_neurons"), "l0": l0_of(lab, run),
                      **compared(usual, sizes_of(lab, edges, run, AIM))})
-    base = [row["loss"] for row in rows if row["run"] in whole]
-    middle = statistics.median(base)
-    text = []
-    for row in rows[len(whole):]:
-        times = f"{row['ratio']:.1f}" if row["tasks"] else "–"
-        text.append(f"{row['label']} {row['loss'] - middle:+.3f} nats, x {times}")
-    table = [["", "validation loss", "edges of minimal circuits, times the recipe's", "tasks"]]
+    recipe = rows[: len(whole)]
+    text = "; ".join(beside(row, recipe[0], len(lab.tasks)) for row in rows[len(whole):])
+    own = said([row["ratio"] for row in recipe], ".1f")
+    models = (f"one seed each, beside {whole[0]}; edges are those of minimal circuits, times the "
+              f"median of {len(whole)} seeds of the recipe, which have x {own}, "
+              f"{said([row['loss'] for row in recipe], '.3f')} nats and "
+              f"{said([row['dead'] for row in recipe], '.0%')} dead neurons")
+    return Found(text, models, {"rows": rows}, table_beside(rows))
+
+
+def l0_of(lab: Lab, run: str) -> int:
+    """The nonzero weights of a saved model, of those that training may make zero."""
+    weights = GPT.load(lab.folder(run)).named_parameters()
+    return sum(int(p.count_nonzero()) for name, p in weights if kind_of(name) != "dense")
+
+
+def beside(row: dict, recipe: dict, most: int) -> str:
+    """A run of `beside_recipe` in words. recipe: the row of the same seed; most: of the tasks."""
+    if "diverged" in row:
+        return f"{row['label']}: did not train ({row['diverged']})"
+    size = "no task in common" if row["ratio"] is None else f"x {row['ratio']:.1f} edges"
+    if 0 < len(row["tasks"]) < most:
+        size += f" over {len(row['tasks'])} of {most} tasks"
+    return (f"{row['label']} {row['loss'] - recipe['loss']:+.3f} nats, {size}, {row['dead']:.0%} "
+            f"dead, L0 x {row['l0'] / recipe['l0']:.2f}")
+
+
+def table_beside(rows: list[dict]) -> list[list[str]]:
+    table = [["", "validation loss", "edges, times the recipe's", "tasks", "dead", "L0"]]
     for row in rows:
-        times = f"{row['ratio']:.2f}" if row["tasks"] else "–"
-        table.append([f"{row['label']} ({row['run']})", f"{row['loss']:.3f}", times,
-                      str(len(row["tasks"]))])
-    models = f"one seed each; the recipe: {len(whole)} seeds, {said(base, '.3f')} nats"
-    return Found("; ".join(text), models, {"rows": rows}, table)
+        name = f"{row['label']} ({row['run']})"
+        if "diverged" in row:
+            table.append([name, "diverged", "–", "0", "–", "–"])
+            continue
+        times = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        table.append([name, f"{row['loss']:.3f}", times, str(len(row["tasks"])),
+                      f"{row['dead']:.0%}", f"{row['l0']:,}"])
+    return table
 
 
 def draw_beside_recipe(figure, data: dict) -> None:
     axis = figure.subplots()
     for row in data["rows"]:
-        if row["ratio"] is not None:
+        if row.get("ratio") is not None:
             colour = "k" if row["label"] == "the recipe" else "C0"
             axis.plot(row["loss"], row["ratio"], "o", color=colour)
             axis.annotate(f" {row['label']}", (row["loss"], row["ratio"]), fontsize=7)
