@@ -114,6 +114,21 @@ def prepared(source, tmp_path_factory):
 # ---------------------------------------------------------------- tokenizer
 
 
+def test_what_an_attribute_copies_follows_from_its_name_and_not_from_the_order():
+    pen = Pen(random.Random(0))
+    first = []
+    for _ in range(2000):
+        text = pen.klass()
+        params = re.findall(r"\w+", text[text.index("(self, ") + 7:text.index("):\n        self.")].split("->")[0])
+        init = text.partition("\n\n    def")[0]
+        copies = re.findall(r"^        self\.(\w+) = (\w+)$", init, re.MULTILINE)
+        copies = [copy for copy in copies if copy[1] != "0"]
+        assert all(name == value for name, value in copies)
+        if len(copies) > 1:
+            first.append(min(copies, key=lambda copy: params.index(copy[0])) == copies[0])
+    assert 0.7 < sum(first) / len(first) < 0.8  # of 40 in 100 a third, say, begins with the first one all the same
+
+
 @pytest.mark.parametrize("task", ANSWERS)
 def test_every_answer_is_one_token(tokenizer, task):
     lengths = {text: len(tokenizer.encode_ordinary(text)) for text in ANSWERS[task]}
@@ -456,10 +471,10 @@ def test_meta_counts_what_is_in_the_files(prepared):
 
 
 def test_parts_are_interleaved_in_train(tmp_path, tokenizer):
-    for i in range(400):
+    for i in range(1000):
         (tmp_path / f"m{i}.py").write_text(f"def good_{i}(x):\n" + f"    x = x + {i}\n" * 20)
     out = tmp_path / "out"
-    prepare(out, f"--source={tmp_path}", "--tokens=120_000", "--idioms=0.6")
+    prepare(out, f"--source={tmp_path}", "--tokens=300_000", "--idioms=0.6")
     is_code = np.array([tokenizer.decode(list(d)).startswith("def good_") for d in documents(tokens(out, "train"))])
     tenths = [part.mean() / is_code.mean() for part in np.array_split(is_code, 10)]
     assert min(tenths) > 0.5 and max(tenths) < 1.5  # in every tenth about as much of it

@@ -349,11 +349,11 @@ GRAMMAR = {
     "idiom": {
         "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 8, "$fstring\n$fstring": 4,
         "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
-        "$constants": 1, "$query": 2, "$brackets": 26, "$entries": 6, "$swap": 36,
+        "$constants": 1, "$query": 2, "$brackets": 26, "$entries": 9, "$swap": 36,
         "$ternary": 8, "$call": 2, "$assign": 2,
         "$flag": 2, "$sort": 4, "$comprehension": 2, "$method": 2, "assert $condition, $string": 1,
         "$remark\n$line": 2, "$loop": 7, "$while": 6, "$branch": 7, "$flagtest": 4, "$guard": 4,
-        "$attempt": 2, "$openfile": 18, "$buildup": 44, "$oneliner": 3,
+        "$attempt": 2, "$openfile": 24, "$buildup": 50, "$oneliner": 3,
     },
     # what a program is about, beyond the tasks: so that lines do not repeat in billions of tokens
     "numeric": {
@@ -853,9 +853,11 @@ class Pen:
         return head + indent(self.code("\n".join(lines)), 4)
 
     def klass(self) -> str:
-        """__init__ copies its parameters to attributes of the same name."""
+        """__init__ copies its parameters to attributes of the same name, often in their order."""
         names = self.names("attribute", self.pick((1, 2, 3, 4, 5)))
         copies = [f"self.{x} = {x}" for x in names]
+        if self.chance(0.4):  # or which one comes next would tell as much as its name
+            copies.sort(key=lambda _: self.random())
         if self.chance(0.3):
             attribute = self.slot("collection")
             value = self.pick(("[]", "set()", "{}", "0"))
