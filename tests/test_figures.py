@@ -241,6 +241,11 @@ def test_the_page_has_what_the_numbers_have(shared, monkeypatch):
         assert f"(figures/{name}.png)" in page
         for cells in row["table"]:
             assert figures.cells(cells) in page
+    # of an earlier version's it says so
+    assert "*older*: [" not in page
+    with monkeypatch.context() as later:
+        later.setattr(figures, "FORMAT", figures.FORMAT + 1)
+        assert figures.page_of(cfg.docs).count("*older*: [") == 2
     # it follows the numbers; and what has no picture, or is damaged, has no row
     path = docs / "figures" / "fig2.json"
     row = json.loads(path.read_text())

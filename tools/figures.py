@@ -266,7 +266,8 @@ sizes are geometric means of edges over tasks, at 0.15 nats, from one start of m
 circuits are as the paper's pruner leaves them. The minutes are those of the last call that worked
 on a figure, on 2 cores, without training its models. The models are tiny (2 layers, width 64 to
 160, 7M tokens), the paper's thousands of times larger: where they agree, that is more than was to
-be expected, and where they do not, that may be the reason.
+be expected, and where they do not, that may be the reason. *Older* rows were measured by an earlier
+version of this code, on earlier data: the command measures them anew.
 """
 
 
@@ -283,6 +284,8 @@ def page_of(docs: str) -> str:
              "| --- | --- | --- | --- | --- |"]
     for row in rows:
         link = f"[{row['name']}](#{row['name']})"
+        if row.get("made_of", {}).get("format") != FORMAT:
+            link = f"*older*: {link}"
         lines.append(cells((f"{link}, {row['where']}", row["says"], row["measured"], row["models"],
                             f"{row['minutes']:g}")))
     for row in rows:
