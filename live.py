@@ -43,25 +43,27 @@ class Contest:
         """still (kinds, n): what the others are; channels (v,): those that vary, ascending."""
         kinds, n = still.shape
         v = len(channels)
-        varies = torch.zeros(n, dtype=torch.bool, device=still.device).index_fill(0, channels, True)
-        others = (~varies).nonzero().flatten()
-        still = still[:, others]
+        device = still.device
+        varies = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, channels, True)
+        others = (~varies).nonzero().flatten()  # (n - v,)
+        of_others = still[:, others]
         certain = max(0, k - v)
-        rivals = torch.ones_like(still, dtype=torch.bool)
+        is_rival = torch.ones_like(of_others, dtype=torch.bool)
         if k < n - v:
-            rivals = topk_mask(still, k)
+            is_rival = topk_mask(of_others, k)
         if certain:
-            rivals = rivals & ~topk_mask(still, certain)
-        value = still[rivals].view(kinds, -1)
-        rivals = others[rivals.nonzero()[:, 1]].view(kinds, -1)
+            is_rival = is_rival & ~topk_mask(of_others, certain)
+        # as many of each kind, r
+        values = of_others[is_rival].view(kinds, -1)
+        rivals = others[is_rival.nonzero()[:, 1]].view(kinds, -1)  # their channels, ascending
 
-        # all stand in the order of their channels, for by that ties are decided
-        channels = channels.expand(kinds, -1).contiguous()
-        own = torch.arange(v, device=still.device)
-        self.place = own + torch.searchsorted(rivals, channels)  # (kinds, v)
-        own = torch.arange(rivals.shape[1], device=still.device)
-        place = own + torch.searchsorted(channels, rivals)
-        self.table = still.new_zeros(kinds, v + rivals.shape[1]).scatter_(1, place, value)
+        # Both together stand in the order of their channels, for by that ties are decided: each
+        # behind those of its own that are before it, and as many of the other.
+        r = rivals.shape[1]
+        varying = channels.expand(kinds, -1).contiguous()
+        self.place = torch.arange(v, device=device) + torch.searchsorted(rivals, varying)
+        of_rivals = torch.arange(r, device=device) + torch.searchsorted(varying, rivals)
+        self.table = still.new_zeros(kinds, v + r).scatter_(1, of_rivals, values)
         self.k = k - certain
 
     def __call__(self, x: Tensor, kind: Tensor | None = None,
@@ -344,21 +346,25 @@ class Live:
         kind = torch.searchsorted(self.kinds, self.kind_of(pairs.ids))
         position = torch.arange(kind.shape[1], device=kind.device).expand_as(kind)
         rows = torch.arange(len(kind), device=kind.device)
-        writes = list(known[: ready.start])
-        for i in range(ready.start, len(self.sites)):
-            before = writes
-            if i == len(self.sites) - 1:  # an MLP, which looks at no other token: the last ones do
-                kind = kind[rows, pairs.last].unsqueeze(1)
-                position = pairs.last.unsqueeze(1)
-                before = [None if y is None else y[:, rows, pairs.last, None] for y in writes]
-            y = None
-            if ready.bodies[i] is not None:
-                y = ready.bodies[i](ready.reads[i](kind, position, before))
-            writes.append(y)
+
+        def written_by(i: int, kind: Tensor, position: Tensor, before: list) -> Tensor | None:
+            if ready.bodies[i] is None:
+                return None
+            return ready.bodies[i](ready.reads[i](kind, position, before))
+
+        last = len(self.sites) - 1
+        writes = list(known[: ready.start])  # never that of the last sublayer
+        for i in range(ready.start, last):
+            writes.append(written_by(i, kind, position, writes))
+        # The last is an MLP, which looks at no other token: the last token of each prompt will do.
+        kind = kind[rows, pairs.last].unsqueeze(1)
+        at_last = [None if y is None else y[:, rows, pairs.last, None] for y in writes]
+        at_last.append(written_by(last, kind, pairs.last.unsqueeze(1), at_last))
+        writes.append(at_last[-1])
 
         written = [sites[-1] for sites in self.sites]
         h = self.embedded[kind[:, 0]] + self._constants(written, ready.mask)  # (2n, d_model)
-        for site, y in zip(written, [*before, y]):
+        for site, y in zip(written, at_last):
             if y is not None:
                 h[:, ready.mask[site]] += y[:, :, 0].T
         ids = pairs.ids[rows, pairs.last].unsqueeze(1)

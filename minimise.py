@@ -108,7 +108,8 @@ def leave_out_all(search: Search, target: float, say, necessity: float) -> None:
 
 def leave_out(search: Search, pricer: Search, target: float, say, necessity: float,
               stay: Set = frozenset()) -> bool:
-    """Ask `pricer` for the price of each part of the accepted circuit, then leave out what can go.
+    """Ask `pricer` for the price of each part of the accepted circuit (`price_of`: nats for an edge
+    that goes), then leave out what can go.
 
     Lazily greedy: the cheapest first, several at a time while they cost what they promised. The
     accepted circuit of `search` is then the smaller one. Returns whether anything went. What is to
@@ -117,16 +118,11 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
     before = search.accepted
     clock = time.monotonic()
     limit = target
-    if pricer is not search:  # on other pairs the same circuit can have another loss
+    # On other pairs the same circuit can have another loss, and what can go may cost more: where
+    # hardly anything is left to lose, prices are asked for up to a quarter of the target.
+    if pricer is not search:
         limit = pricer.accepted.loss + max(target - before.loss, target / 4)
-    queue = []  # (price, its number, part), cheapest first; the number decides between equals
-    for number, part in enumerate(parts_of(before, search.tie_qk)):
-        if part in stay:
-            continue
-        trial = pricer.fit_without(before, [part], limit)
-        price = price_of(trial, pricer.accepted)
-        if math.isfinite(price):
-            queue.append((price, number, part))
+    queue = priced(pricer, before, limit, stay)
     say(f"  {before.size[0]} nodes, {before.size[1]} edges: {len(queue)} of these can go "
         f"({time.monotonic() - clock:.0f} s)")
 
@@ -151,9 +147,10 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
             promised = max(promised, queue[0][0])
         goes = price <= NOISE + PATIENCE * max(0.0, promised)
         # only a node can make a circuit less necessary: the model loses all its edges in any case
+        is_missed = True
         if goes and necessity > 0 and trial.size[0] < circuit.size[0]:
-            goes = search.is_needed(trial.mask, necessity)
-            price = price if goes else math.inf
+            is_missed = search.is_needed(trial.mask, necessity)
+            goes = is_missed
 
         if goes:
             circuit = search.accept()
@@ -161,8 +158,22 @@ def leave_out(search: Search, pricer: Search, target: float, say, necessity: flo
         elif n > 1:  # one of them is to blame; fewer at once will tell which
             queue = few + queue
             most = n // 2
-        elif math.isfinite(price):  # dearer by now than the next one was: its turn comes later
+        elif math.isfinite(price) and is_missed:  # dearer by now than the next one: later again
             queue.append((price, *few[0][1:]))
+
+
+def priced(pricer: Search, circuit: Circuit, limit: float, stay: Set) -> list[tuple]:
+    """(price, its number, part) of each part without which the loss on the pricer's pairs is at
+    most `limit`, those that are to `stay` left out; the number decides between equals."""
+    found = []
+    for number, part in enumerate(parts_of(circuit, pricer.tie_qk)):
+        if part in stay:
+            continue
+        trial = pricer.fit_without(circuit, [part], limit)
+        price = price_of(trial, pricer.accepted)
+        if math.isfinite(price):
+            found.append((price, number, part))
+    return found
 
 
 def quiet(text: str) -> None:
@@ -313,9 +324,9 @@ def leave_out_by_gradient(search: Search, circuit: Circuit, target: float,
     tries. What the circuit is said to be better without goes first, to make room for what costs
     something; or what matters least, since for a part that all hangs on the gradient may say
     either."""
-    price = first_order(search, circuit)
+    rises = first_order(search, circuit)
     tries = []
-    for order in (sorted(price, key=price.get), least_first(price)):
+    for order in (sorted(rises, key=rises.get), least_first(rises)):
         tries.append(without_leading(search, circuit, order, target, necessity))
     return min(tries, key=total)
 
@@ -350,9 +361,9 @@ def leave_out_past_needed(search: Search, circuit: Circuit, target: float,
     return circuit
 
 
-def least_first(price: dict[tuple, float]) -> list[tuple]:
-    """The parts that `first_order` prices, what matters least first."""
-    return sorted(price, key=lambda part: abs(price[part]))
+def least_first(rises: dict[tuple, float]) -> list[tuple]:
+    """The parts that `first_order` looks at, what matters least first."""
+    return sorted(rises, key=lambda part: abs(rises[part]))
 
 
 def total(circuit: Circuit) -> int:
