@@ -25,6 +25,7 @@ from tokens import check_tokenizer, fingerprint, read_side, window_of
 
 @dataclass
 class CaseConfig:
+    """Where a circuit is, and what belongs to it."""
     circuit: str = "out/demo/single_double_quote/circuit.json"
     model: str = ""                 # "" = the directory that the circuit names
     task: str = ""                  # a file of pairs that was moved; "" = where the circuit says
@@ -43,7 +44,7 @@ class Case:
     constants: Nodes        # what the nodes outside the circuit are held at
     settings: PruneConfig   # the circuit was found with; target_loss is this circuit's alone
     train: Pairs
-    heldout: Pairs          # what every line is measured on
+    heldout: Pairs          # what every line but that of idle parts is measured on
     data: str               # train.bin
     seed: int
     # of its certificate: nats that its loss was to stay below, and that the model was to miss it by

@@ -151,9 +151,9 @@ def prune(loaded: Loaded, task: Task, cfg: PruneConfig, say=print) -> Iterator[d
             model=model, model_dir=cfg.model, sha256=sha256, data=data, task=task,
             tokenizer=tokenizer, circuit=circuit, constants=constants, target_loss=target,
             train=train, heldout=heldout, settings=settings_in_file(cfg)))
+    if len(unmet) == len(cfg.target_loss):
+        raise ValueError(next(iter(unmet.values())))
     for why in unmet.values():
-        if len(unmet) == len(cfg.target_loss):
-            raise ValueError(why)
         say(f"  {why}")
 
 

@@ -57,7 +57,7 @@ Say = Callable[[str], None]  # where progress goes, a line at a time
 
 @dataclass
 class ValidateConfig(CaseConfig):
-    """`circuit` can also be a directory of tasks' folders."""
+    circuit: str = "out/demo/single_double_quote/circuit.json"  # or a directory of tasks' folders
     window: int = bounded(0, at_least=0)  # tokens of data at a time; 0 = as when it was pruned
     jobs: int = bounded(1, at_least=1)  # with a directory: processes at a time
     seed: int = bounded(0, at_least=0)  # of draws and halves; pairs have the circuit's own

@@ -347,7 +347,7 @@ GRAMMAR = {
         "$openfile": 2,
     },
     "idiom": {
-        "$say": 4, "$say\n$say": 2, "$say\n$say\n$say": 3, "$fstring": 8, "$fstring\n$fstring": 4,
+        "$say": 6, "$say\n$say": 4, "$say\n$say\n$say": 6, "$fstring": 8, "$fstring\n$fstring": 4,
         "$numeric": 2, "$formatting": 2, "$lookup": 2, "$settings": 2, "$check": 2, "$status": 1,
         "$constants": 1, "$query": 2, "$brackets": 26, "$entries": 9, "$swap": 36,
         "$ternary": 8, "$call": 2, "$assign": 2,
