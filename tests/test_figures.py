@@ -245,7 +245,8 @@ def test_the_page_has_what_the_numbers_have(shared, monkeypatch):
     assert "*older*: [" not in page
     with monkeypatch.context() as later:
         later.setattr(figures, "FORMAT", figures.FORMAT + 1)
-        assert figures.page_of(cfg.docs).count("*older*: [") == 2
+        older = figures.page_of(cfg.docs)
+        assert older.count("*older*: [") == older.count("\n## ") >= 2  # every row: other tests may have left some
     # it follows the numbers; and what has no picture, or is damaged, has no row
     path = docs / "figures" / "fig2.json"
     row = json.loads(path.read_text())
