@@ -6,6 +6,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 # before torch: how its threads wait (SPIN in config.py) is read while it loads
 from config import one_of, out_of_bounds
@@ -70,6 +71,11 @@ class Case:
         margin = run(self.heldout)
         scale, shift = calibrate(run(self.few))
         return loss_of(calibrated(margin, scale, shift))
+
+    @cached_property
+    def data_hash(self) -> str:
+        """The `fingerprint` of the data."""
+        return fingerprint(read_side(self.data, self.model.config.vocab_size))
 
     def generator(self) -> torch.Generator:
         """A new one each time, so that no measure hangs on which others came before it."""
@@ -151,8 +157,6 @@ def check_data(case: Case, content: dict) -> None:
     """ValueError where the data are not those that the circuit's means are of: the card would mix
     the activations of one text with the means of another."""
     stated = content.get("data")  # None where nobody knows, or nodes are held at zero
-    if stated is None:
-        return
-    if fingerprint(read_side(case.data, case.model.config.vocab_size)) != stated:
+    if stated not in (None, case.data_hash):
         raise ValueError(f"the circuit's means are of other data than {os.path.dirname(case.data)} "
                          "has; give --data=DIR, or prune the task again")

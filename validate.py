@@ -41,7 +41,6 @@ from measures import (DRAWS, POSITIONS, SUBSETS, TRIED, agreement, complement, f
                       standalone, sufficiency, zero_ablation)
 from model import device_of
 from processes import in_processes, result_or_reason
-from tokens import fingerprint, read_side
 
 # What the verdict asks for, each stated beside its number. Held-out pairs may put a circuit above
 # its target by HELD_OUT of find.py.
@@ -265,7 +264,7 @@ def measured_with(case: Case, content: dict) -> dict:
     settings = case.settings
     return {
         "circuit": circuit_hash(content),
-        "data": fingerprint(read_side(case.data, case.model.config.vocab_size)),
+        "data": case.data_hash,
         "tokenizer": tokenizer_hash(tokenizer_for(settings.model, settings.tokenizer)),
         "seed": case.seed, "window": settings.window,
         "positions": POSITIONS, "draws": DRAWS, "subsets": SUBSETS, "tried": TRIED,

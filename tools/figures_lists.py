@@ -43,8 +43,8 @@ def lists(n: int, remark: bool = False) -> Task:
         start = f"{before}    {variable(r)} = "
         return f"{start}[{row}", f"{start}[[{row}"
 
-    return Task(f"lists of {n}{' and a remark' * remark}", "close a list by its nesting depth",
-                ("]\n", "]]\n"), prompts)
+    name = f"lists of {n} and a remark" if remark else f"lists of {n}"
+    return Task(name, "close a list by its nesting depth", ("]\n", "]]\n"), prompts)
 
 
 def list_pairs(case: Case, n: int, remark: bool = False) -> Pairs:
@@ -100,19 +100,27 @@ def toward_second(margin: Tensor) -> Tensor:
     return margin * sign
 
 
+def said_by(case: Case, pairs: Pairs) -> Tensor:
+    """The circuit's calibrated logit of the second answer, less that of the first, (2n,)."""
+    margin = margins(case.reduced, pairs, case.nodes)
+    return toward_second(calibrated(margin, case.circuit.scale, case.circuit.shift))
+
+
+def features(case: Case, tables: Nodes, pairs: Pairs) -> Tensor:
+    """What a prediction is linear in, (2n, nodes + 1): the averages, and a constant."""
+    return F.pad(averaged(case, tables, pairs), (0, 1), value=1.0).double()
+
+
 @torch.no_grad()
 def reading_of(case: Case, tables: Nodes) -> tuple[Tensor, float]:
     """Weights (nodes + 1,) with which the averages make the circuit's logit difference, by least
     squares on the pairs that it was found on; and R2 on held-out pairs of the task."""
-    def both(pairs: Pairs) -> tuple[Tensor, Tensor]:
-        margin = margins(case.reduced, pairs, case.nodes)
-        wanted = toward_second(calibrated(margin, case.circuit.scale, case.circuit.shift))
-        return F.pad(averaged(case, tables, pairs), (0, 1), value=1.0).double(), wanted.double()
-
-    x, wanted = both(case.fit)
+    x = features(case, tables, case.fit)
+    wanted = said_by(case, case.fit).double()
     weights = torch.linalg.lstsq(x, wanted.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-    x, wanted = both(case.heldout)
-    r2 = 1 - (x @ weights - wanted).square().mean() / wanted.var(correction=0).clamp(min=1e-12)
+    predicted = features(case, tables, case.heldout) @ weights
+    wanted = said_by(case, case.heldout).double()
+    r2 = 1 - (predicted - wanted).square().mean() / wanted.var(correction=0).clamp(min=1e-12)
     return weights, r2.item()
 
 
@@ -122,12 +130,11 @@ def reading_of(case: Case, tables: Nodes) -> tuple[Tensor, float]:
 def on_lists(case: Case, tables: Nodes, weights: Tensor, pairs: Pairs) -> dict:
     """The mean probability of `]]`, between the two answers, of flat and of nested lists: as
     predicted, in the circuit and in the whole model."""
-    circuit = calibrated(margins(case.reduced, pairs, case.nodes), case.circuit.scale,
-                         case.circuit.shift)
-    x = F.pad(averaged(case, tables, pairs), (0, 1), value=1.0).double()
+    values = {"predicted": features(case, tables, pairs) @ weights,
+              "circuit": said_by(case, pairs),
+              "model": toward_second(margins(case.model, pairs))}
     found = {}
-    for name, value in (("predicted", x @ weights), ("circuit", toward_second(circuit)),
-                        ("model", toward_second(margins(case.model, pairs)))):
+    for name, value in values.items():
         p = value.sigmoid()
         found[name] = {"flat": p[::2].mean().item(), "nested": p[1::2].mean().item()}
     return found

@@ -66,7 +66,7 @@ def agree(points: list[dict], fixed: str, along: str, key: str, rises: bool) -> 
     return f"{right} of {n} steps"
 
 
-def by_target(rows: list[dict], first: str, second: str, times: str) -> list[list[str]]:
+def table_by_target(rows: list[dict], first: str, second: str, times: str) -> list[list[str]]:
     """The table of curves: of each target the number of tasks, both sizes and their ratio."""
     table = [["target, nats", "tasks", first, second, times]]
     for target in TARGETS:
@@ -142,7 +142,7 @@ def fig2(lab: Lab) -> Found:
             f"{said([row['first'] for row in of_one], '.0f')}, and "
             f"{said([row['second'] for row in of_one], '.0f')}")
     data = {"rows": rows, "minimal": small, "minimal_of_one": of_one, "losses": losses}
-    return Found(text, models, data, by_target(rows, "sparse", "dense", "times fewer"))
+    return Found(text, models, data, table_by_target(rows, "sparse", "dense", "times fewer"))
 
 
 def draw_fig2(figure, data: dict) -> None:
@@ -217,7 +217,7 @@ def fig31(lab: Lab) -> Found:
         ratios = [row["ratio"] for row in rows if row["target"] == target]
         text.append(f"{said(ratios, '.1f')} at {target}")
     measured = f"attribution needs so many times the edges: {'; '.join(text)} nats"
-    table = by_target(rows, "learned masks", "attribution", "times the edges")
+    table = table_by_target(rows, "learned masks", "attribution", "times the edges")
     return Found(measured, f"{', '.join(runs)}, over {n_tasks(rows)} tasks", {"rows": rows}, table)
 
 

@@ -153,8 +153,8 @@ def objections(circuit: dict, zero: dict | None) -> dict:
         if factor is None:
             found[level] = None
             continue
-        least = factor.least if factor.met else None
-        found[level] = factor._asdict() | {"least": least, "median": None}
+        found[level] = {"met": factor.met, "runs": factor.runs, "unsettled": factor.unsettled,
+                        "least": factor.least if factor.met else None}  # JSON has no infinity
     return found
 
 
